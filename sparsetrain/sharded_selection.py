@@ -1,0 +1,162 @@
+"""Selection when the scores are split over shards that are never gathered.
+
+The k-th largest score is found digit by digit, from the most significant, on the bits of the
+floats: each pass histograms the next digit of the scores that share the digits found so far, and
+only the histograms are added over shards (2048 counts a pass, 3 passes for float32, 6 for
+float64). The result is that of :func:`sparsetrain.selection.top_k` on the concatenated shards.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+SumCounts = Callable[[Tensor], Tensor]
+"""Adds an int64 CPU tensor over all processes (such as an all-reduce) and returns the sum."""
+
+_DIGIT = 11
+
+
+def _only_here(counts: Tensor) -> Tensor:
+    return counts
+
+
+def top_k_shards(
+    local: Sequence[Tensor],
+    k: int,
+    sum_counts: SumCounts = _only_here,
+    *,
+    first_shard: int = 0,
+    total_shards: int | None = None,
+    name: str = "",
+) -> list[Tensor]:
+    """Masks of the ``k`` largest scores over all shards, for the shards held here.
+
+    Every process calls this with its own shards and the same ``k``; ties go to the earlier shard,
+    then the lower index within it. An error is raised in every process alike.
+
+    Args:
+        local: shards held by this process, any shapes, possibly none.
+        k: number to select over all shards of all processes.
+        sum_counts: adds counts over processes; the identity for a single one.
+        first_shard: position of ``local[0]`` among all shards.
+        total_shards: number of shards in all processes; default: those held here.
+        name: layer named in errors.
+
+    Returns:
+        Bool tensors of the shapes of ``local``; over all processes exactly ``k`` are true.
+
+    Raises:
+        ValueError: for ``k`` out of range and for NaN or infinite scores on any process.
+    """
+    total_shards = len(local) if total_shards is None else total_shards
+    if not 0 <= first_shard <= total_shards - len(local):
+        raise ValueError(
+            f"shards {first_shard} to {first_shard + len(local) - 1} are not among the "
+            f"{total_shards} shards: check first_shard and total_shards"
+        )
+    codes = _agreed_codes(local, k, sum_counts, name)
+    if k == 0:
+        return [torch.zeros_like(shard, dtype=torch.bool) for shard in local]
+    threshold, above = _radix_select(codes, k, sum_counts)
+    ties = torch.zeros(total_shards, dtype=torch.int64)
+    for i, code in enumerate(codes):
+        ties[first_shard + i] = torch.count_nonzero(code == threshold)
+    ties = sum_counts(ties)
+    earlier = torch.cumsum(ties, 0) - ties
+    masks = []
+    for i, (code, shard) in enumerate(zip(codes, local, strict=True)):
+        room = max(k - above - int(earlier[first_shard + i]), 0)
+        mask = code > threshold
+        mask[torch.nonzero(code == threshold).squeeze(1)[:room]] = True
+        masks.append(mask.reshape(shard.shape))
+    return masks
+
+
+def radix_threshold(
+    local: Sequence[Tensor], k: int, sum_counts: SumCounts = _only_here, *, name: str = ""
+) -> float:
+    """The k-th largest score over all shards, exactly, ``1 <= k <= number of scores``.
+
+    Arguments and errors as in :func:`top_k_shards`.
+    """
+    if k < 1:
+        raise ValueError(f"{_layer(name)}the threshold of k={k} scores is not defined: k >= 1")
+    codes = _agreed_codes(local, k, sum_counts, name)
+    threshold, _ = _radix_select(codes, k, sum_counts)
+    return _decode(threshold, codes[0].dtype)
+
+
+def _agreed_codes(
+    local: Sequence[Tensor], k: int, sum_counts: SumCounts, name: str
+) -> list[Tensor]:
+    """Integer images of the shards, after all processes agreed on dtype, number and validity."""
+    flat = [_comparable(shard) for shard in local]
+    bad = sum(int(torch.count_nonzero(~torch.isfinite(shard))) for shard in flat)
+    numel = sum(shard.numel() for shard in flat)
+    double = any(shard.dtype == torch.float64 for shard in flat)
+    bad, numel, double = sum_counts(torch.tensor([bad, numel, int(double)])).tolist()
+    if bad:
+        raise ValueError(
+            f"{_layer(name)}{bad} of {numel} scores are NaN or infinite; look for a diverged loss "
+            "or an overflow before the masks are updated"
+        )
+    if not 0 <= k <= numel:
+        raise ValueError(f"{_layer(name)}cannot select k={k} of {numel} scores")
+    dtype = torch.float64 if double else torch.float32
+    codes = [_encode(shard.to(dtype)) for shard in flat]
+    # A process without shards still takes part in every sum.
+    return codes or [_encode(torch.empty(0, dtype=dtype))]
+
+
+def _radix_select(codes: Sequence[Tensor], k: int, sum_counts: SumCounts) -> tuple[int, int]:
+    """The code of the k-th largest and the number of codes above it."""
+    bits = 32 if codes[0].dtype == torch.int32 else 64
+    found, rank = 0, k
+    candidates = list(codes)
+    for shift in reversed(range(0, bits, _DIGIT)):
+        width = min(_DIGIT, bits - shift)
+        counts = torch.zeros(1 << width, dtype=torch.int64)
+        digits = [_digit(code, shift, width) for code in candidates]
+        for digit in digits:
+            counts += torch.bincount(digit, minlength=1 << width).cpu()
+        from_top = sum_counts(counts).flip(0).cumsum(0)
+        place = int(torch.searchsorted(from_top, rank))
+        rank -= int(from_top[place - 1]) if place else 0
+        value = (1 << width) - 1 - place
+        found |= value << shift
+        candidates = [code[digit == value] for code, digit in zip(candidates, digits, strict=True)]
+    # The sign bit of the two's complement was flipped in the digits: undo that.
+    return found - (1 << (bits - 1)), k - rank
+
+
+def _digit(codes: Tensor, shift: int, width: int) -> Tensor:
+    """``width`` bits from ``shift`` of the codes, sign bit flipped so that order is unsigned."""
+    bits = codes.element_size() * 8
+    digit = (codes >> shift) & ((1 << width) - 1)
+    return digit ^ (1 << (width - 1)) if shift + width == bits else digit
+
+
+def _encode(values: Tensor) -> Tensor:
+    """Signed integers in the order of the floats, equal where those are equal."""
+    integer = torch.int32 if values.dtype == torch.float32 else torch.int64
+    # Adding zero turns -0.0 into 0.0, which compare equal but differ in their bits.
+    bits = (values + 0.0).view(integer)
+    return torch.where(bits < 0, bits ^ torch.iinfo(integer).max, bits)
+
+
+def _decode(code: int, dtype: torch.dtype) -> float:
+    bits = code ^ torch.iinfo(dtype).max if code < 0 else code
+    floating = torch.float32 if dtype == torch.int32 else torch.float64
+    return float(torch.tensor(bits, dtype=dtype).view(floating))
+
+
+def _comparable(scores: Tensor) -> Tensor:
+    scores = scores.detach().reshape(-1)
+    if not scores.is_floating_point():
+        return scores.double()
+    return scores if scores.dtype in (torch.float32, torch.float64) else scores.float()
+
+
+def _layer(name: str) -> str:
+    return f"layer {name!r}: " if name else ""
