@@ -6,7 +6,6 @@ first and downloaded only when they are nowhere to be found.
 
 from __future__ import annotations
 
-import difflib
 import gzip
 import hashlib
 import math
@@ -22,6 +21,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
+
+from sparsetrain.config import did_you_mean
 
 _IDX_FILES = {
     "train_x": "train-images-idx3-ubyte",
@@ -124,9 +125,9 @@ def load(name: str, *, root: Path | str | None = None, normalise: bool = True) -
     files can be neither found, nor downloaded, nor read.
     """
     if name not in DATASETS:
-        near = difflib.get_close_matches(name, DATASETS, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"unknown data set {name!r}: choose one of {', '.join(DATASETS)}.{hint}")
+        raise ValueError(
+            f"unknown data set {name!r}: choose one of {', '.join(DATASETS)}{did_you_mean(name, DATASETS)}"
+        )
     if name == "digits":
         dataset = _digits()
     else:

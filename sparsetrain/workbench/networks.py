@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -11,6 +10,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from sparsetrain.config import did_you_mean
 
 Shape = tuple[int, ...]
 
@@ -34,9 +35,9 @@ def build(
     `widths` do not suit the network.
     """
     if name not in _BUILDERS:
-        near = difflib.get_close_matches(name, NETWORKS, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"unknown network {name!r}: choose one of {', '.join(NETWORKS)}.{hint}")
+        raise ValueError(
+            f"unknown network {name!r}: choose one of {', '.join(NETWORKS)}{did_you_mean(name, NETWORKS)}"
+        )
     if widths is not None and (not widths or min(widths) < 1):
         raise ValueError(f"widths={tuple(widths)}: give at least one width, each at least 1")
     with torch.random.fork_rng(devices=[]):

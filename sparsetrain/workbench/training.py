@@ -6,6 +6,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -73,7 +74,8 @@ class Trainer:
 
     The order of samples in an epoch depends on `seed` and the epoch's number alone. Every sample
     is seen once an epoch, so the last batch may be smaller. `scheduler.step()` is called once a
-    batch: its periods count steps, like everything else in this library.
+    batch: its periods count steps, like everything else in this library. `on_step` is told the
+    number of steps done, after each of them.
     """
 
     def __init__(
@@ -86,12 +88,13 @@ class Trainer:
         seed: int = 0,
         scheduler: Scheduler | None = None,
         loss_fn: LossFunction = F.cross_entropy,
+        on_step: Callable[[int], None] | None = None,
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size={batch_size}: give at least 1")
         self.model, self.optimizer, self.dataset = model, optimizer, dataset
         self.batch_size, self.seed = batch_size, seed
-        self.scheduler, self.loss_fn = scheduler, loss_fn
+        self.scheduler, self.loss_fn, self.on_step = scheduler, loss_fn, on_step
         self.step = 0
         self.history = History()
         self._loss_sum = torch.zeros((), dtype=torch.float64, device=dataset.train_x.device)
@@ -135,6 +138,8 @@ class Trainer:
                 self.scheduler.step()
             self._loss_sum += loss.detach()
             self.step += 1
+            if self.on_step is not None:
+                self.on_step(self.step)
 
     def _record(self, epoch: int, seconds: float) -> EpochRecord:
         loss = self._loss_sum.item() / self.steps_per_epoch
@@ -236,23 +241,21 @@ def fit(
         loss_fn=loss_fn,
     )
     until = steps if steps is not None else (epochs or 0) * trainer.steps_per_epoch
-    records = trainer.run(until)
-    for record in _with_bar(records, until, dataset.name) if progress else records:
-        if on_epoch is not None:
-            on_epoch(record)
+    with _bar(trainer, until) if progress else nullcontext():
+        for record in trainer.run(until):
+            if on_epoch is not None:
+                on_epoch(record)
     return trainer.history
 
 
-def _with_bar(records: Iterator[EpochRecord], steps: int, label: str) -> Iterator[EpochRecord]:
-    from rich.progress import Progress
+@contextmanager
+def _bar(trainer: Trainer, steps: int) -> Iterator[None]:
+    from rich.progress import MofNCompleteColumn, Progress
 
-    with Progress(transient=True) as bar:
-        task = bar.add_task(f"training on {label}", total=steps)
-        for record in records:
-            text = f"epoch {record.epoch}: loss {record.loss:.3f}, accuracy"
-            text += f" {100 * record.test_accuracy:.2f} %"
-            bar.update(task, completed=record.step, description=text)
-            yield record
+    with Progress(*Progress.get_default_columns(), MofNCompleteColumn(), transient=True) as bar:
+        task = bar.add_task(f"training on {trainer.dataset.name}", total=steps)
+        trainer.on_step = lambda step: bar.update(task, completed=step)
+        yield
 
 
 @torch.no_grad()
