@@ -32,7 +32,7 @@ class MaskAges:
 
     def __init__(self, optimizer: SparseOptimizer) -> None:
         self._optimizer = optimizer
-        self._masks = {name: mask.clone() for name, mask in optimizer.masks().items()}
+        self._masks = optimizer.masks()
         self._births = {
             name: torch.zeros(mask.shape, dtype=torch.int32, device=mask.device)
             for name, mask in self._masks.items()
@@ -54,7 +54,7 @@ class MaskAges:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where `state_dict` was taken; load the optimizer's own state first."""
         self._births = {name: births.clone() for name, births in state["births"].items()}
-        self._masks = {name: mask.clone() for name, mask in self._optimizer.masks().items()}
+        self._masks = self._optimizer.masks()
         self.records = [AgeRecord(**record) for record in state["records"]]
 
     def _on_update(self, event: UpdateEvent) -> None:
@@ -62,7 +62,7 @@ class MaskAges:
         for name, mask in self._optimizer.masks().items():
             births = self._births[name]
             births[mask & ~self._masks[name]] = event.step
-            self._masks[name] = mask.clone()
+            self._masks[name] = mask
             kept = births[mask]
             total += int((event.step - kept).sum(dtype=torch.int64))
             active += kept.numel()

@@ -125,9 +125,8 @@ def load(name: str, *, root: Path | str | None = None, normalise: bool = True) -
     files can be neither found, nor downloaded, nor read.
     """
     if name not in DATASETS:
-        raise ValueError(
-            f"unknown data set {name!r}: choose one of {', '.join(DATASETS)}{did_you_mean(name, DATASETS)}"
-        )
+        hint = did_you_mean(name, DATASETS)
+        raise ValueError(f"unknown data set {name!r}: choose one of {', '.join(DATASETS)}{hint}")
     if name == "digits":
         dataset = _digits()
     else:

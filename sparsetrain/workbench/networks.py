@@ -35,9 +35,8 @@ def build(
     `widths` do not suit the network.
     """
     if name not in _BUILDERS:
-        raise ValueError(
-            f"unknown network {name!r}: choose one of {', '.join(NETWORKS)}{did_you_mean(name, NETWORKS)}"
-        )
+        hint = did_you_mean(name, NETWORKS)
+        raise ValueError(f"unknown network {name!r}: choose one of {', '.join(NETWORKS)}{hint}")
     if widths is not None and (not widths or min(widths) < 1):
         raise ValueError(f"widths={tuple(widths)}: give at least one width, each at least 1")
     with torch.random.fork_rng(devices=[]):
