@@ -1,0 +1,108 @@
+"""What the wrapped optimizer keeps for a weight, handled by shape and not by its name or class.
+
+Any state tensor shaped like the parameter belongs to its weights one by one. Where a weight is
+inactive such a tensor holds its *resting* value: what the optimizer leaves there when the weight
+and its gradient have always been 0. That is 0 for nearly every tensor of every optimizer (Rprop's
+step sizes are an exception), and it is found by trying, not from a list.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+from torch.optim import Optimizer
+
+from sparsetrain.storage.kernels import keep_where_, write_flat_
+
+_TRIAL_STEPS = 4
+
+
+@dataclass(frozen=True)
+class Resting:
+    """How an optimizer treats weights that are 0 and get zero gradients.
+
+    Attributes:
+        keeps_zeros: weights stay exactly 0 and state stays at rest, so nothing needs repair.
+        values: state key -> resting value.
+    """
+
+    keeps_zeros: bool = False
+    values: dict[str, float] = field(default_factory=dict)
+
+
+def find_resting(base: Optimizer, group: dict[str, Any], like: Tensor) -> Resting:
+    """Try the optimizer, with the options of `group`, on a small matrix that is half inactive."""
+    param = Parameter(torch.zeros(4, 8, dtype=like.dtype, device=like.device))
+    active = torch.zeros_like(param, dtype=torch.bool)
+    active[:, ::2] = True
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(_TRIAL_STEPS + 1, 4, 8, generator=generator).to(param)
+    with torch.no_grad():
+        param.copy_(torch.where(active, noise[-1], 0.0))
+    trial = copy.copy(base)
+    trial.state = defaultdict(dict)
+    trial.param_groups = [{**group, "params": [param]}]
+    for step in range(_TRIAL_STEPS):
+        param.grad = torch.where(active, noise[step], 0.0)
+        try:
+            trial.step()
+        except Exception:
+            # An optimizer that needs a closure or state of its own cannot be tried like this;
+            # then nothing is taken for granted and its zeros are restored after every step.
+            return Resting()
+    return _judge(param, active, trial.state[param])
+
+
+def _judge(param: Parameter, active: Tensor, state: dict[str, Any]) -> Resting:
+    keeps = bool((param.detach()[~active] == 0).all())
+    values = {}
+    for key, tensor in shaped_state(state, param):
+        idle = tensor[~active]
+        values[key] = float(idle[0])
+        if not bool((idle == idle[0]).all()):
+            keeps, values[key] = False, 0.0
+    return Resting(keeps, values)
+
+
+def shaped_state(state: dict[str, Any], param: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """The state tensors that hold one number for each weight."""
+    for key, value in state.items():
+        if isinstance(value, Tensor) and value.shape == param.shape and value.dim() > 0:
+            yield key, value
+
+
+def reset_state(base: Optimizer, param: Tensor, indices: Tensor, resting: Resting) -> None:
+    """Bring the state of single weights to rest.
+
+    Args:
+        indices: flat indices of weights that were dropped or grown.
+    """
+    for key, tensor in shaped_state(base.state.get(param, {}), param):
+        write_flat_(tensor, indices, resting.values.get(key, 0.0))
+
+
+def rest_inactive_state(base: Optimizer, param: Tensor, mask: Tensor, resting: Resting) -> None:
+    """Bring the state of all inactive weights to rest."""
+    for key, tensor in shaped_state(base.state.get(param, {}), param):
+        value = resting.values.get(key, 0.0)
+        if value == 0.0:
+            keep_where_(tensor, mask)
+        else:
+            tensor.masked_fill_(~mask, value)
+
+
+def forget_history(base: Optimizer) -> None:
+    """Restart optimizers that keep a history of whole updates (lists of vectors, as LBFGS).
+
+    Their curvature pairs span weights that a mask change has just removed.
+    """
+    for state in base.state.values():
+        if any(isinstance(value, list) for value in state.values()):
+            state.clear()

@@ -1,0 +1,175 @@
+"""Floating-point operations, counted as the appendix of RigL does (Evci et al. 2020, App. H).
+
+A layer's forward pass costs its dense FLOPs times its density; the backward pass costs twice that
+(one product for the input gradient, one for the weight gradient). Only products with weights are
+counted; biases, norms and activations are not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from sparsetrain.targets import find_candidates
+
+if TYPE_CHECKING:
+    from sparsetrain.optimizer import SparseOptimizer
+
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+
+@dataclass(frozen=True)
+class FlopsReport:
+    """Dense FLOPs of one sample's forward pass (a multiply-add counts 2)."""
+
+    layers: dict[str, float]
+
+    @property
+    def total(self) -> float:
+        """Over all layers."""
+        return sum(self.layers.values())
+
+
+@dataclass(frozen=True)
+class TrainingFlops:
+    """FLOPs of the training so far, and of the network as it is now.
+
+    Attributes:
+        dense_inference: FLOPs of one sample's forward pass if every weight were active.
+        inference_multiple: the sparse forward pass as a multiple of that.
+        training_multiple: training so far as a multiple of dense training for as many steps.
+    """
+
+    dense_inference: float
+    inference_multiple: float
+    training_multiple: float
+
+
+@torch.no_grad()
+def flops(model: nn.Module, example_inputs: Any) -> FlopsReport:
+    """Count the dense forward FLOPs of each weight, per sample.
+
+    Args:
+        example_inputs: a batch, [N, ...], or a tuple of positional arguments whose first one is.
+
+    Returns:
+        FLOPs by parameter name; a weight used several times counts each use.
+
+    Raises:
+        ValueError: the model uses no Linear, Conv or attention layer on these inputs.
+    """
+    inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
+    names = {id(c.param): c.name for c in find_candidates(model)}
+    counts: dict[str, float] = {}
+
+    def add(weight: Tensor | None, amount: float) -> None:
+        if weight is not None and id(weight) in names:
+            name = names[id(weight)]
+            counts[name] = counts.get(name, 0.0) + amount / len(inputs[0])
+
+    with _hooked(model, add), _evaluation_mode(model):
+        model(*inputs)
+    if not counts:
+        raise ValueError("no Linear, Conv or attention layer ran on the example inputs")
+    return FlopsReport({name: counts[name] for name in names.values() if name in counts})
+
+
+def training_flops(optimizer: SparseOptimizer, model: nn.Module, inputs: Any) -> TrainingFlops:
+    """FLOPs of the training that `optimizer` has done, relative to dense training.
+
+    Per step a layer of density d and dense forward FLOPs f costs f d forward and 2 f d backward.
+    Where a policy reads the dense gradient (RigL at updates, SNFS, surgery and SR-STE always) the
+    weight-gradient half of the backward pass costs f.
+
+    Args:
+        model: the model that the optimizer trains.
+        inputs: as for `flops`.
+    """
+    report = flops(model, inputs)
+    now, done = 0.0, 0.0
+    for name, dense in report.layers.items():
+        density, mean, dense_share = optimizer.density_history(name)
+        now += dense * density
+        done += dense * (3 * mean + dense_share * (1 - mean))
+    return TrainingFlops(
+        dense_inference=report.total,
+        inference_multiple=now / report.total,
+        training_multiple=done / (3 * report.total),
+    )
+
+
+@contextmanager
+def _evaluation_mode(model: nn.Module) -> Iterator[None]:
+    training = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+
+
+@contextmanager
+def _hooked(model: nn.Module, add: Any) -> Iterator[None]:
+    handles = []
+    seen: set[int] = set()
+    for module in model.modules():
+        if id(module) in seen:
+            continue
+        seen.add(id(module))
+        hook = _counter(module, add)
+        if hook is not None:
+            handles.append(module.register_forward_hook(hook, with_kwargs=True))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _counter(module: nn.Module, add: Any) -> Any:
+    if isinstance(module, nn.MultiheadAttention):
+        return lambda m, args, kwargs, out: _count_attention(m, args, kwargs, add)
+    if isinstance(module, nn.Linear):
+        return lambda m, args, kwargs, out: add(m.weight, 2.0 * out.numel() * m.in_features)
+    if isinstance(module, _CONVOLUTIONS):
+        # Each output element is a product with one filter.
+        return lambda m, args, kwargs, out: add(
+            m.weight, 2.0 * out.numel() * m.weight[0].numel()
+        )
+    if isinstance(module, _TRANSPOSED):
+        # Each input element is a product with one filter.
+        return lambda m, args, kwargs, out: add(
+            m.weight, 2.0 * _first(args, kwargs).numel() * m.weight[0].numel()
+        )
+    return None
+
+
+def _count_attention(
+    module: nn.MultiheadAttention, args: Iterable[Any], kwargs: dict[str, Any], add: Any
+) -> None:
+    given = dict(zip(("query", "key", "value"), args, strict=False)) | kwargs
+    tokens = {k: given[k].numel() // given[k].shape[-1] for k in ("query", "key", "value")}
+    if module.in_proj_weight is not None:
+        width = module.embed_dim
+        add(module.in_proj_weight, 2.0 * width * width * sum(tokens.values()))
+    else:
+        for key, weight in (
+            ("query", module.q_proj_weight),
+            ("key", module.k_proj_weight),
+            ("value", module.v_proj_weight),
+        ):
+            add(weight, 2.0 * weight.numel() * tokens[key])
+    # The output projection is applied without calling its module.
+    add(module.out_proj.weight, 2.0 * module.out_proj.weight.numel() * tokens["query"])
+
+
+def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    value: Tensor = args[0] if args else kwargs["input"]
+    return value

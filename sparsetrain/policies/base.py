@@ -1,0 +1,177 @@
+"""The contract of a policy: how masks begin, when they change, and how."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar, Literal
+
+import torch
+from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
+from torch import Tensor
+
+from sparsetrain.allocation import (
+    AllocationField,
+    ErdosRenyiKernel,
+    Global,
+    LayerShape,
+    allocate,
+)
+from sparsetrain.config import AnyKind, Kinded
+from sparsetrain.policies.group import TargetGroup
+from sparsetrain.schedules import UpdateSchedule
+from sparsetrain.scores import Score
+from sparsetrain.selection import select, top_k_across
+from sparsetrain.structures import StructureField, Unstructured
+
+
+class Policy(Kinded):
+    """Base of all mask policies. A policy is data; what changes lives in its `TargetGroup`.
+
+    A subclass sets `kind`, says in class variables what it needs, and overrides the methods it
+    differs in. `policies/set.py` is the shortest complete example.
+    """
+
+    family: ClassVar[str] = "policy"
+    #: True when an update takes the place of the gradient step (RigL).
+    replaces_step: ClassVar[bool] = False
+    #: True when inactive weights keep a dense, latent value that trains on (surgery, SR-STE).
+    latent: ClassVar[bool] = False
+    #: At which steps the gradient of inactive weights is needed; also what FLOPs are counted for.
+    dense_gradient: ClassVar[Literal["never", "updates", "always"]] = "never"
+
+    sparsity: float | None = Field(
+        None, ge=0, lt=1, description="share of zeros over all targets of the policy, in [0, 1)"
+    )
+    allocation: AllocationField = Field(
+        default_factory=ErdosRenyiKernel, description="how density is shared among layers"
+    )
+    structure: StructureField = Field(
+        default_factory=Unstructured, description="which weights are kept or dropped together"
+    )
+
+    @model_validator(mode="after")
+    def _one_way_to_say_how_sparse(self) -> Policy:
+        if self.allocation.fixes_density and self.sparsity is not None:
+            raise ValueError(
+                f"give either 'sparsity' or allocation {self.allocation.kind!r}, which fixes the "
+                "densities itself"
+            )
+        if self._needs_sparsity() and self.sparsity is None:
+            raise ValueError("'sparsity' is missing: the share of zeros, in [0, 1)")
+        return self
+
+    def _needs_sparsity(self) -> bool:
+        return not self.allocation.fixes_density
+
+    def with_sparsity(self, sparsity: float) -> Policy:
+        """The same policy asked for another sparsity."""
+        return type(self).model_validate({**self.model_dump(), "sparsity": sparsity})
+
+    def layer_shapes(self, group: TargetGroup) -> list[LayerShape]:
+        """Names, shapes and count granularity of the targets, for allocation."""
+        shapes = []
+        for target in group.targets:
+            self.structure.check(target.shape, target.name)
+            quantum = self.structure.quantum(target.shape)
+            shapes.append(LayerShape(target.name, target.shape, quantum))
+        return shapes
+
+    def counts(self, group: TargetGroup) -> dict[str, int]:
+        """Active weights that each target should have."""
+        shapes = self.layer_shapes(group)
+        return allocate(self.allocation, shapes, self.sparsity)
+
+    def target_densities(self, group: TargetGroup) -> dict[str, float]:
+        """Density each target should end at; nothing for a target that scores decide on."""
+        if isinstance(self.allocation, Global):
+            return {}
+        counts = self.counts(group)
+        return {t.name: counts[t.name] / t.numel for t in group.targets}
+
+    def initial_masks(self, group: TargetGroup) -> dict[str, Tensor]:
+        """Masks to begin with; must not change model, targets or optimizer."""
+        return random_masks(self, group)
+
+    def update_is_due(self, step: int) -> bool:
+        """Whether masks change at this step (0-based)."""
+        return False
+
+    def needs_dense_gradient(self, step: int) -> bool:
+        """Whether this step takes the gradient of inactive weights (counted in FLOPs)."""
+        if self.dense_gradient == "updates":
+            return self.update_is_due(step)
+        return self.dense_gradient == "always"
+
+    def observe(self, group: TargetGroup, step: int) -> None:
+        """See the dense gradients of a step, before inactive ones are dropped."""
+
+    def update_masks(self, group: TargetGroup, step: int) -> None:
+        """Change the masks of the group, through `group.exchange` or `group.replace_mask`."""
+
+
+class DynamicPolicy(Policy):
+    """A policy whose masks change over a known number of training steps."""
+
+    #: End of the updates when the schedule gives none: a fraction of `total_steps`.
+    default_stop: ClassVar[float] = 0.75
+
+    total_steps: int = Field(ge=1, description="optimizer steps in the whole training run")
+    update: UpdateSchedule = Field(
+        default_factory=UpdateSchedule, description="when masks change (steps)"
+    )
+
+    @model_validator(mode="after")
+    def _update_fits(self) -> DynamicPolicy:
+        self.stop_step()
+        return self
+
+    def stop_step(self) -> int:
+        """First step at which masks change no more."""
+        stop = self.update.stop_step(self.total_steps, self.default_stop)
+        assert stop is not None  # total_steps is always known here
+        return stop
+
+    def update_is_due(self, step: int) -> bool:
+        """Whether the update schedule names this step."""
+        return self.update.is_due(step, self.total_steps, self.default_stop)
+
+    def progress(self, step: int) -> float:
+        """Position of `step` between the schedule's start and stop, in [0, 1]."""
+        start, stop = self.update.start, self.stop_step()
+        return min(max((step - start) / max(stop - start, 1), 0.0), 1.0)
+
+
+def random_masks(policy: Policy, group: TargetGroup) -> dict[str, Tensor]:
+    """Random masks with exactly the allocated counts."""
+    counts = policy.counts(group)
+    masks = {}
+    for target in group.targets:
+        scores = torch.rand(target.shape, generator=group.generator)
+        masks[target.name] = select(
+            scores, counts[target.name], policy.structure, name=target.name
+        )
+    return masks
+
+
+def scored_masks(policy: Policy, group: TargetGroup, score: Score) -> dict[str, Tensor]:
+    """Masks of the weights with the highest scores, exactly the allocated counts."""
+    counts = policy.counts(group)
+    scores = {
+        t.name: score.of(t.name, t.param, group.state_of(t.param), group.generator)
+        for t in group.targets
+    }
+    if isinstance(policy.allocation, Global) and isinstance(policy.structure, Unstructured):
+        return top_k_across(scores, sum(counts.values()))
+    return {
+        name: select(values, counts[name], policy.structure, name=name)
+        for name, values in scores.items()
+    }
+
+
+def _build(value: Any) -> Any:
+    return Policy.build(value)
+
+
+PolicyField = Annotated[
+    SerializeAsAny[Policy],
+    BeforeValidator(_build, json_schema_input_type=Annotated[Policy, AnyKind(Policy)]),
+]

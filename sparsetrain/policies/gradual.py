@@ -1,0 +1,125 @@
+"""Gradual pruning: sparsity rises along a curve, the least important weights go first."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from sparsetrain.allocation import Global, allocate
+from sparsetrain.policies.base import DynamicPolicy
+from sparsetrain.policies.engine import drop_smallest, flat_indices, is_unstructured
+from sparsetrain.policies.group import TargetGroup
+from sparsetrain.schedules import Schedule, UpdateSchedule
+from sparsetrain.scores import Magnitude, ScoreField
+from sparsetrain.selection import select, top_k_across
+from sparsetrain.storage.masked import MaskedTarget
+
+_EMPTY = torch.empty(0, dtype=torch.int64)
+
+
+class Gradual(DynamicPolicy):
+    """Gradual magnitude pruning, and the same with any other score (Zhu & Gupta 2017, eq. 1).
+
+    s_t = s_f + (s_i - s_f) (1 - (t - t_0) / (n dt))^3. Pruned weights stay pruned; the last
+    update of the schedule reaches `sparsity` exactly.
+    """
+
+    kind: Literal["gradual"] = "gradual"
+
+    initial_sparsity: float = Field(0.0, ge=0, lt=1, description="share of zeros at the start")
+    shape: Literal["cubic", "linear", "cosine"] = Field(
+        "cubic", description="curve from initial_sparsity to sparsity"
+    )
+    score: ScoreField = Field(default_factory=Magnitude, description="what decides who stays")
+    update: UpdateSchedule = Field(
+        default_factory=UpdateSchedule, description="when masks change (steps)"
+    )
+
+    @model_validator(mode="after")
+    def _sparsity_rises(self) -> Gradual:
+        if self.allocation.fixes_density:
+            raise ValueError(
+                f"Gradual needs a 'sparsity' to rise to; allocation {self.allocation.kind!r} "
+                "fixes the densities"
+            )
+        if self.sparsity is not None and self.initial_sparsity > self.sparsity:
+            raise ValueError(
+                f"initial_sparsity={self.initial_sparsity} is above sparsity={self.sparsity}"
+            )
+        if self.structure.kind == "n_m":
+            raise ValueError("n:m has one sparsity only and cannot rise: use NMSparse or Static")
+        return self
+
+    def initial_masks(self, group: TargetGroup) -> dict[str, Tensor]:
+        """The weights of largest magnitude at `initial_sparsity` (all of them when it is 0)."""
+        counts = self._counts_at(group, self.initial_sparsity)
+        return {
+            t.name: select(t.param.detach().abs(), counts[t.name], self.structure, name=t.name)
+            for t in group.targets
+        }
+
+    def last_update(self) -> int:
+        """The step of the last update, where the curve ends."""
+        stop, update = self.stop_step(), self.update
+        return update.start + (max(stop - 1 - update.start, 0) // update.every) * update.every
+
+    def sparsity_at(self, step: int) -> float:
+        """Share of zeros that the curve asks for at `step`."""
+        assert self.sparsity is not None  # checked by the validator
+        start, last = self.update.start, self.last_update()
+        curve = Schedule(shape=self.shape, initial=self.initial_sparsity, final=self.sparsity)
+        return curve.at((step - start) / (last - start) if last > start else 1.0)
+
+    def update_masks(self, group: TargetGroup, step: int) -> None:
+        """Drop the least important active weights down to the curve's counts."""
+        counts = self._counts_at(group, self.sparsity_at(step))
+        scores = {
+            t.name: self.score.of(t.name, t.param, group.state_of(t.param), group.generator)
+            for t in group.targets
+        }
+        if isinstance(self.allocation, Global) and is_unstructured(self.structure):
+            self._drop_across(group, scores, sum(counts.values()))
+            return
+        counts = never_rising({t.name: t.active for t in group.targets}, counts)
+        for target in group.targets:
+            self._drop_to(group, target, scores[target.name], counts[target.name])
+
+    def _counts_at(self, group: TargetGroup, sparsity: float) -> dict[str, int]:
+        return allocate(self.allocation, self.layer_shapes(group), sparsity)
+
+    def _drop_to(
+        self, group: TargetGroup, target: MaskedTarget, scores: Tensor, count: int
+    ) -> None:
+        if is_unstructured(self.structure):
+            active = target.active_indices()
+            values = scores.reshape(-1)[active]
+            gone, _ = drop_smallest(values, active, target.active - count, target.name)
+        else:
+            last = scores.min() - 1
+            ranked = torch.where(target.mask, scores, last)
+            keep = select(ranked, count, self.structure, name=target.name)
+            gone = flat_indices(target.mask & ~keep)
+        group.exchange(target, gone, _EMPTY.to(gone.device))
+
+    def _drop_across(self, group: TargetGroup, scores: dict[str, Tensor], total: int) -> None:
+        """One ranking over all active weights of the group."""
+        active = {t.name: t.active_indices() for t in group.targets}
+        values = {name: scores[name].reshape(-1)[at] for name, at in active.items()}
+        keep = top_k_across(values, min(total, sum(v.numel() for v in values.values())))
+        for target in group.targets:
+            gone = active[target.name][~keep[target.name]]
+            group.exchange(target, gone, _EMPTY.to(gone.device))
+
+
+def never_rising(current: dict[str, int], wanted: dict[str, int]) -> dict[str, int]:
+    """`wanted` with no count above `current`, the total kept (rounding can lift one by a unit)."""
+    counts = {name: min(count, current[name]) for name, count in wanted.items()}
+    excess = sum(wanted.values()) - sum(counts.values())
+    for name in counts:
+        lift = min(excess, current[name] - counts[name])
+        counts[name] += lift
+        excess -= lift
+    return counts

@@ -1,0 +1,57 @@
+"""RigL: drop by magnitude, grow by gradient (Evci et al. 2020)."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BeforeValidator, Field
+
+from sparsetrain.policies.base import DynamicPolicy
+from sparsetrain.policies.engine import (
+    drop_and_grow,
+    drop_and_grow_units,
+    grow_by_score,
+    is_unstructured,
+)
+from sparsetrain.policies.group import TargetGroup
+from sparsetrain.schedules import Schedule, as_schedule
+from sparsetrain.scores.base import gradient_of
+
+
+def _cosine(value: Any) -> Schedule:
+    return as_schedule(value, "cosine")
+
+
+class RigL(DynamicPolicy):
+    """The rigged lottery, Algorithm 1 of Evci et al. 2020.
+
+    Every `update.every` steps, in place of the gradient step: each layer drops the share
+    f(t) = alpha/2 (1 + cos(pi t / T_end)) of its active weights with the smallest magnitude and
+    grows as many where the dense gradient is largest, at value 0.
+    """
+
+    kind: Literal["rigl"] = "rigl"
+    replaces_step: ClassVar[bool] = True
+    dense_gradient: ClassVar[Literal["never", "updates", "always"]] = "updates"
+
+    drop_fraction: Annotated[Schedule, BeforeValidator(_cosine)] = Field(
+        default_factory=lambda: _cosine(0.3),
+        validate_default=True,
+        description="share of active weights replaced at an update, in [0, 1]; a number is "
+        "alpha, decaying to 0 as a cosine",
+    )
+
+    def update_masks(self, group: TargetGroup, step: int) -> None:
+        """Drop by magnitude, grow by gradient."""
+        fraction = self.drop_fraction.at(self.progress(step))
+        for target in group.targets:
+            gradient = gradient_of(target.name, target.param, self.kind).abs()
+            if is_unstructured(self.structure):
+                values = target.active_values(target.active_indices())
+                grower = grow_by_score(gradient, target.name)
+                drop_and_grow(group, target, fraction, values.abs_(), grower)
+            else:
+                magnitude = target.param.detach().abs()
+                drop_and_grow_units(
+                    group, target, fraction, magnitude, gradient, self.structure
+                )

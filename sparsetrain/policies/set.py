@@ -1,0 +1,91 @@
+"""SET: drop by magnitude, grow at random (Mocanu et al. 2018)."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar, Literal
+
+import torch
+from pydantic import BeforeValidator, Field
+from torch import Tensor
+
+from sparsetrain.policies.base import DynamicPolicy
+from sparsetrain.policies.engine import (
+    drop_and_grow,
+    drop_and_grow_units,
+    grow_randomly,
+    is_unstructured,
+    split,
+)
+from sparsetrain.policies.group import TargetGroup
+from sparsetrain.schedules import Schedule, as_schedule
+from sparsetrain.selection import bottom_k_indices
+from sparsetrain.storage.masked import MaskedTarget
+
+
+def _constant(value: Any) -> Schedule:
+    return as_schedule(value, "constant")
+
+
+class SET(DynamicPolicy):
+    """Sparse evolutionary training: every so often the smallest weights move to random places.
+
+    Mocanu et al. 2018, "Scalable training of artificial neural networks with adaptive sparse
+    connectivity inspired by network science", Algorithm 1. The gradient step comes first, then
+    the change of masks.
+    """
+
+    kind: Literal["set"] = "set"
+    default_stop: ClassVar[float] = 1.0
+
+    drop_fraction: Annotated[Schedule, BeforeValidator(_constant)] = Field(
+        default_factory=lambda: _constant(0.3),
+        validate_default=True,
+        description="share of active weights replaced at an update, in [0, 1] (zeta); a number "
+        "is constant over training",
+    )
+    drop: Literal["magnitude", "magnitude_by_sign"] = Field(
+        "magnitude",
+        description="drop the smallest |w|; or, as in the paper, the same share of the smallest "
+        "positive and of the largest negative weights",
+    )
+    grow_std: float = Field(
+        0.0, ge=0, description="standard deviation of new weights; 0 starts them at exactly 0"
+    )
+
+    def update_masks(self, group: TargetGroup, step: int) -> None:
+        """Drop by magnitude, grow at random."""
+        fraction = self.drop_fraction.at(self.progress(step))
+        for target in group.targets:
+            if not is_unstructured(self.structure):
+                magnitude = target.param.detach().abs()
+                wish = torch.rand(target.shape, generator=group.generator).to(magnitude.device)
+                drop_and_grow_units(group, target, fraction, magnitude, wish, self.structure)
+            elif self.drop == "magnitude" and self.grow_std == 0:
+                values = target.active_values(target.active_indices())
+                grower = grow_randomly(target.numel, group.generator)
+                drop_and_grow(group, target, fraction, values.abs(), grower)
+            else:
+                self._evolve(group, target, fraction)
+
+    def _evolve(self, group: TargetGroup, target: MaskedTarget, fraction: float) -> None:
+        """The paper's own way: drop each sign on its own, new weights drawn from a normal."""
+        active = target.active_indices()
+        values = target.active_values(active)
+        if self.drop == "magnitude":
+            chosen = bottom_k_indices(values.abs(), int(fraction * len(active)), name=target.name)
+        else:
+            chosen = smallest_of_each_sign(values, fraction, target.name)
+        dropped, kept = split(active, chosen)
+        grown = grow_randomly(target.numel, group.generator)(kept, dropped.numel())
+        drawn = torch.randn(grown.numel(), generator=group.generator) * self.grow_std
+        group.exchange(target, dropped, grown, drawn.to(values))
+
+
+def smallest_of_each_sign(values: Tensor, fraction: float, name: str) -> Tensor:
+    """Positions of the given share of the smallest positives, and of the largest negatives."""
+    chosen = []
+    for side in (values >= 0, values < 0):
+        positions = side.nonzero().view(-1)
+        count = int(fraction * positions.numel())
+        chosen.append(positions[bottom_k_indices(values[positions].abs(), count, name=name)])
+    return torch.cat(chosen).sort().values

@@ -1,0 +1,220 @@
+"""Recipes: a default policy and rules for named layers, as data."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import Field, field_validator, model_validator
+from torch import nn
+
+from sparsetrain.config import Config, did_you_mean
+from sparsetrain.policies import Policy, PolicyField
+from sparsetrain.targets import Candidate, Selector, find_candidates, known_names
+
+
+class Rule(Config):
+    """What happens to the tensors that a pattern names. Exactly one selector, one action.
+
+    A rule that makes tensors sparse takes the Linear and Conv weights among its matches; only
+    when there are none among them does it take the other tensors it names (say, an embedding).
+    """
+
+    match: str | None = Field(None, description="glob on parameter or module names")
+    regex: str | None = Field(None, description="regular expression searched in those names")
+    module_type: str | None = Field(None, description="class name of the owning module")
+    dense: bool = Field(False, description="keep the matched tensors dense")
+    sparsity: float | None = Field(
+        None, ge=0, lt=1, description="share of zeros under the recipe's own policy, in [0, 1)"
+    )
+    policy: PolicyField | None = Field(None, description="another policy for these tensors")
+
+    @field_validator("regex")
+    @classmethod
+    def _regex_compiles(cls, value: str | None) -> str | None:
+        if value is not None:
+            try:
+                re.compile(value)
+            except re.error as error:
+                raise ValueError(f"not a regular expression: {error}") from error
+        return value
+
+    @model_validator(mode="after")
+    def _one_selector_one_action(self) -> Rule:
+        selectors = [self.match, self.regex, self.module_type]
+        if sum(s is not None for s in selectors) != 1:
+            raise ValueError("a rule needs exactly one of 'match', 'regex' and 'module_type'")
+        if self.dense + (self.sparsity is not None) + (self.policy is not None) != 1:
+            raise ValueError("a rule needs exactly one of 'dense: true', 'sparsity' and 'policy'")
+        return self
+
+    @property
+    def selector(self) -> Selector:
+        """The rule's pattern."""
+        return Selector(self.match, self.regex, self.module_type)
+
+    def __str__(self) -> str:
+        return next(f"{k}={v!r}" for k, v in self.model_dump(exclude_none=True).items())
+
+
+class Recipe(Config):
+    """Which policy holds which tensors: the first rule that matches wins, else `policy`."""
+
+    policy: PolicyField | None = Field(None, description="for every target that no rule claims")
+    rules: tuple[Rule, ...] = Field((), description="ordered; the first match wins")
+
+    @model_validator(mode="after")
+    def _has_a_policy(self) -> Recipe:
+        if self.policy is None and all(rule.policy is None for rule in self.rules):
+            raise ValueError("a recipe needs a 'policy', or a rule with one")
+        if self.policy is None and any(rule.sparsity is not None for rule in self.rules):
+            raise ValueError("a rule with 'sparsity' changes the recipe's 'policy', which is empty")
+        return self
+
+    @classmethod
+    def coerce(cls, value: Any) -> Recipe:
+        """Make a recipe of a policy, a recipe, a dict (of either) or a path to a file."""
+        if isinstance(value, cls):
+            return value
+        if isinstance(value, Policy):
+            return cls(policy=value)
+        if isinstance(value, Mapping):
+            return cls.from_dict(value)
+        if isinstance(value, (str, Path)):
+            return cls.load(value)
+        raise TypeError(
+            f"policy must be a policy, a Recipe, a dict or a path to a recipe, not "
+            f"{type(value).__name__}"
+        )
+
+    @classmethod
+    def from_dict(cls, value: Mapping[str, Any]) -> Recipe:
+        """Build from plain data; a dict with `kind` is taken as the policy itself."""
+        data = dict(value)
+        return cls.model_validate({"policy": data} if "kind" in data else data)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data (dicts, lists, numbers, strings) that `from_dict` reads back."""
+        return self.model_dump(mode="json", exclude_none=True)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Recipe:
+        """Read a recipe from a .yaml, .yml or .json file.
+
+        Raises:
+            ValueError: the file is missing, not a mapping, or not a valid recipe.
+        """
+        path = Path(path)
+        try:
+            text = path.read_text(encoding="utf-8")
+        except OSError as error:
+            raise ValueError(f"cannot read recipe {path}: {error.strerror or error}") from error
+        return cls.from_text(text, source=str(path))
+
+    @classmethod
+    def from_text(cls, text: str, *, source: str = "recipe") -> Recipe:
+        """Parse YAML or JSON text (JSON is YAML); `source` names it in errors."""
+        try:
+            data = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ValueError(f"{source} is not valid YAML or JSON: {error}") from error
+        if not isinstance(data, dict):
+            raise ValueError(f"{source} must hold a mapping with 'policy' and 'rules'")
+        try:
+            return cls.from_dict(data)
+        except ValueError as error:
+            raise ValueError(f"{source}: {error}") from error
+
+    def dump(self, path: str | Path) -> None:
+        """Write YAML, or JSON when the name ends in .json."""
+        path = Path(path)
+        text = self.to_json() if path.suffix == ".json" else self.to_yaml()
+        path.write_text(text, encoding="utf-8")
+
+    def to_yaml(self) -> str:
+        """The recipe as YAML."""
+        return yaml.safe_dump(self.to_dict(), sort_keys=False)
+
+    def to_json(self) -> str:
+        """The recipe as JSON."""
+        return json.dumps(self.to_dict(), indent=2) + "\n"
+
+    @classmethod
+    def json_schema(cls) -> dict[str, Any]:
+        """JSON schema of a recipe file, for editors and validators."""
+        return cls.model_json_schema()
+
+
+@dataclass
+class Assignment:
+    """One policy with the candidates it holds."""
+
+    policy: Policy
+    candidates: list[Candidate]
+
+
+def assign(model: nn.Module, recipe: Recipe) -> list[Assignment]:
+    """Resolve a recipe on a model, without touching either.
+
+    Raises:
+        ValueError: a rule matches nothing, or nothing is left to make sparse.
+    """
+    candidates = find_candidates(model)
+    claims = _claims(candidates, recipe.rules)
+    assignments = []
+    if recipe.policy is not None:
+        free = [c for c in candidates if c.is_default and id(c.param) not in claims]
+        assignments.append(Assignment(recipe.policy, free))
+    for number, rule in enumerate(recipe.rules):
+        mine = [c for c in candidates if claims.get(id(c.param)) == number]
+        policy = _policy_of(rule, recipe)
+        if policy is not None:
+            assignments.append(Assignment(policy, _sparse_matches(rule, mine)))
+    assignments = [a for a in assignments if a.candidates]
+    if not assignments:
+        raise ValueError(
+            "the recipe makes nothing sparse: the model has no Linear or Conv weight that its "
+            "policy or rules could hold"
+        )
+    return assignments
+
+
+def _claims(candidates: list[Candidate], rules: tuple[Rule, ...]) -> dict[int, int]:
+    """Parameter id -> number of the first rule that matches it."""
+    claims: dict[int, int] = {}
+    for number, rule in enumerate(rules):
+        matched = [c for c in candidates if rule.selector.matches(c)]
+        if not matched:
+            pattern = rule.match or rule.regex or rule.module_type or ""
+            raise ValueError(
+                f"rule {number} ({rule}) matches no tensor of the model"
+                f"{did_you_mean(pattern, known_names(candidates))}"
+            )
+        for candidate in matched:
+            claims.setdefault(id(candidate.param), number)
+    return claims
+
+
+def _policy_of(rule: Rule, recipe: Recipe) -> Policy | None:
+    if rule.policy is not None:
+        return rule.policy
+    if rule.sparsity is not None and recipe.policy is not None:
+        return recipe.policy.with_sparsity(rule.sparsity)
+    return None
+
+
+def _sparse_matches(rule: Rule, mine: list[Candidate]) -> list[Candidate]:
+    chosen = [c for c in mine if c.is_default]
+    if not chosen:
+        chosen = [c for c in mine if c.param.dim() >= 2 and c.param.is_floating_point()]
+    if mine and not chosen:
+        raise ValueError(
+            f"rule ({rule}) names only tensors with fewer than two dimensions ({mine[0].name}); "
+            "biases and norm weights cannot be made sparse"
+        )
+    return chosen

@@ -1,0 +1,1 @@
+"""Seeing what a sparse run does: events, tables, plots, the HTML page."""

@@ -1,0 +1,52 @@
+"""What an importance score is: a number for each weight, larger for weights to keep."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar
+
+import torch
+from pydantic import BeforeValidator, SerializeAsAny
+from torch import Tensor
+from torch.nn import Parameter
+
+from sparsetrain.config import AnyKind, Kinded
+
+
+class Score(Kinded):
+    """Base of all scores; a member is one signal, computed from a weight and what surrounds it."""
+
+    family: ClassVar[str] = "score"
+
+    def of(
+        self,
+        name: str,
+        param: Parameter,
+        state: Mapping[str, Any],
+        generator: torch.Generator,
+    ) -> Tensor:
+        """Importance of each weight, of the weight's shape.
+
+        Args:
+            name: the layer, for errors.
+            param: the weight; its `.grad` is the gradient of the current step, if there is one.
+            state: the base optimizer's state of the weight.
+            generator: CPU random source.
+
+        Raises:
+            ValueError: the score needs a signal that is not there.
+        """
+        raise NotImplementedError
+
+
+def gradient_of(name: str, param: Parameter, score: str) -> Tensor:
+    """The weight's gradient, or an error that says who needs it."""
+    if param.grad is None:
+        raise ValueError(f"score {score!r} needs the gradient of {name}: call backward() first")
+    return param.grad.detach()
+
+
+ScoreField = Annotated[
+    SerializeAsAny[Score],
+    BeforeValidator(Score.build, json_schema_input_type=Annotated[Score, AnyKind(Score)]),
+]

@@ -1,0 +1,144 @@
+"""Masked-dense storage: the weight stays a dense parameter whose inactive entries are 0."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from sparsetrain.storage.kernels import keep_where_, read_flat, write_flat_
+from sparsetrain.targets import SparseTarget
+
+
+class MaskedTarget(SparseTarget):
+    """A dense parameter and one bool a weight; inactive weights and gradients are exactly 0."""
+
+    def __init__(self, name: str, param: Parameter) -> None:
+        super().__init__(name, param)
+        self._mask = torch.ones(param.shape, dtype=torch.bool, device=param.device)
+        self.active = param.numel()
+        self._seen_version = -1
+        self._original: Tensor | None = None
+
+    @property
+    def mask(self) -> Tensor:
+        """Bool tensor of the weight's shape, True where the weight is active."""
+        return self._mask
+
+    def active_indices(self) -> Tensor:
+        """Flat indices of the active weights, int64, ascending."""
+        return self._mask.view(-1).nonzero().view(-1)
+
+    def active_values(self, indices: Tensor) -> Tensor:
+        """Weights at flat `indices`, as they stand in the forward pass."""
+        return read_flat(self.param.detach(), indices)
+
+    def begin(self, mask: Tensor) -> None:
+        """Install the first mask. The dense weights are remembered until the first step.
+
+        A run may be resumed by loading the model, wrapping it and then loading the optimizer;
+        the random masks of the wrapping must not cost weights that the loaded masks keep.
+        """
+        original = self.param.detach().clone()
+        self.replace_mask(mask)
+        self._original = original
+
+    def replace_mask(self, mask: Tensor) -> tuple[int, int]:
+        """Install a whole new mask; returns how many weights were dropped and grown."""
+        mask = mask.to(self.param.device, torch.bool)
+        grown = int((mask & ~self._mask).sum())
+        active = int(mask.sum())
+        dropped = self.active + grown - active
+        self._mask = mask.contiguous()
+        self.active = active
+        self.mask_weight()
+        return dropped, grown
+
+    def exchange(
+        self, dropped: Tensor, grown: Tensor, values: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Drop and grow connections; those in both sets stay as they are.
+
+        Args:
+            dropped: flat indices that are active now, int64.
+            grown: flat indices to be active, none of them a kept connection, int64.
+            values: start values of `grown`, 0 when None; used only where really new.
+
+        Returns:
+            The net index sets: weights that went inactive, and weights that are new.
+        """
+        flat = self._mask.view(-1)
+        fresh = ~flat[grown]
+        flat[dropped] = False
+        flat[grown] = True
+        gone = dropped[~flat[dropped]]
+        new = grown[fresh]
+        self.active += new.numel() - gone.numel()
+        self._write_exchanged(gone, new, None if values is None else values[fresh])
+        return gone, new
+
+    def _write_exchanged(self, gone: Tensor, new: Tensor, values: Tensor | None) -> None:
+        weight = self.param.detach()
+        write_flat_(weight, gone, 0.0)
+        write_flat_(weight, new, 0.0 if values is None else values)
+        self._seen_version = self.param._version
+
+    def mask_gradient(self) -> None:
+        """Set the gradient to 0 where inactive (also where it is NaN or infinite)."""
+        grad = self.param.grad
+        if grad is None:
+            return
+        if grad.is_sparse:
+            raise ValueError(
+                f"{self.name} has a sparse-layout gradient; build its layer with sparse=False "
+                "or keep it dense with a rule"
+            )
+        keep_where_(grad, self._mask)
+
+    def mask_weight(self) -> None:
+        """Set the weight to 0 where inactive."""
+        keep_where_(self.param.detach(), self._mask)
+        self._seen_version = self.param._version
+
+    def before_step(self) -> None:
+        """Get ready for the base optimizer: repair outside writes, then mask the gradient."""
+        self.check_outside_writes()
+        self.mask_gradient()
+
+    def check_outside_writes(self) -> None:
+        """Follow the weight to its device, and mask it again if somebody else wrote to it."""
+        self._original = None
+        if self._mask.device != self.param.device:
+            self._mask = self._mask.to(self.param.device)
+        # Loading a state dict, for one, writes dense weights behind our back.
+        if self.param._version != self._seen_version:
+            self.mask_weight()
+
+    def after_step(self, keeps_zeros: bool) -> None:
+        """Leave exact zeros behind; free when the base optimizer keeps them itself."""
+        if not keeps_zeros:
+            self.mask_weight()
+        self._seen_version = self.param._version
+
+    def conceal(self) -> None:
+        """Show the forward pass the masked weight (masked storage always does)."""
+
+    def extra_state(self) -> dict[str, Any]:
+        """What a checkpoint needs beside the mask."""
+        return {}
+
+    def restore(self, mask: Tensor, state: dict[str, Any]) -> None:
+        """Take the mask and the extra state of a checkpoint."""
+        if self._original is not None and self.param._version == self._seen_version:
+            self.param.detach().copy_(self._original)
+        self._original = None
+        self._mask = mask.to(self.param.device)
+        self.active = int(mask.sum())
+        self.mask_weight()
+
+    def release(self) -> None:
+        """Forget everything but the masked weight."""
+        self._original = None
+        self.mask_weight()
