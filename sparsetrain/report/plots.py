@@ -132,7 +132,7 @@ def density_per_layer(
         ha="right" if long_names else "center",
     )
     _finish(ax, title, "", "Weights kept [%]")
-    ax.set_ylim(bottom=0)
+    ax.set_ylim(0, 1.08 * ax.get_ylim()[1])
     if len(densities) > 1:
         _legend(ax)
     return figure
