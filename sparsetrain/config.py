@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
-from typing import Any, ClassVar, TypeVar, Union
+from typing import Annotated, Any, ClassVar, TypeVar, Union
 
 from pydantic import BaseModel, ConfigDict, Field, GetJsonSchemaHandler, TypeAdapter
 from pydantic.json_schema import JsonSchemaValue
-from typing_extensions import Annotated
 
 
 class Config(BaseModel):
@@ -69,8 +68,8 @@ class AnyKind:
     def __get_pydantic_json_schema__(
         self, core_schema: Any, handler: GetJsonSchemaHandler
     ) -> JsonSchemaValue:
-        members = Union[tuple(self.family.members.values())]  # noqa: UP007
-        union = Annotated[members, Field(discriminator="kind")]  # type: ignore[valid-type]
+        members: Any = Union[tuple(self.family.members.values())]  # noqa: UP007
+        union: Any = Annotated[members, Field(discriminator="kind")]
         return handler(TypeAdapter(union).core_schema)
 
 

@@ -7,7 +7,7 @@ drop fraction and learning-rate-like quantities alike.
 
 import math
 from collections.abc import Mapping
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StrictFloat, StrictInt, model_validator
 
@@ -33,7 +33,7 @@ class UpdateSchedule(BaseModel):
     )
 
     @model_validator(mode="after")
-    def _stop_is_sensible(self) -> Self:
+    def _stop_is_sensible(self) -> "UpdateSchedule":
         if isinstance(self.stop, float):
             if not 0.0 < self.stop <= 1.0:
                 raise ValueError(
@@ -110,7 +110,7 @@ class Schedule(BaseModel):
     cycles: int = Field(default=1, ge=1, description="Number of repeats; for shape cyclic only.")
 
     @model_validator(mode="after")
-    def _cycles_are_for_cyclic(self) -> Self:
+    def _cycles_are_for_cyclic(self) -> "Schedule":
         if self.cycles != 1 and self.shape != "cyclic":
             raise ValueError(f"cycles={self.cycles} needs shape='cyclic', not {self.shape!r}")
         return self

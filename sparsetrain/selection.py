@@ -9,7 +9,7 @@ Scores may have any floating dtype (half precisions are compared in float32, int
 and must be finite.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,9 @@ Array = NDArray[Any]
 
 _SMALL = 1 << 14
 _SAMPLE = 1 << 16
-_CHUNK = 1 << 20
+_FEW_TIES = 16
+# Chunks stay in the cache between the passes over them.
+_CHUNK = 1 << 18
 
 
 def top_k(scores: Tensor, k: int, *, name: str = "") -> Tensor:
@@ -174,6 +176,8 @@ def _row_threshold(values: Tensor, k: int) -> Tensor:
 
 def _indices(scores: Tensor, k: int, name: str, *, largest: bool) -> Tensor:
     mask = _masks({name: scores}, k, largest=largest)[name].reshape(-1)
+    if mask.device.type == "cpu" and 4 * k > mask.numel():
+        return torch.from_numpy(np.flatnonzero(mask.numpy()))
     return torch.nonzero(mask).squeeze(1)
 
 
@@ -201,33 +205,28 @@ def _masks(scores: Mapping[str, Tensor], k: int, *, largest: bool) -> dict[str, 
 def _best(parts: Sequence[Array], k: int, largest: bool) -> list[Array]:
     """Masks of the ``k >= 1`` best over the parts; ties to the earlier part, then index."""
     threshold = _threshold(parts, k, largest)
-    beyond, at_least = _comparisons(largest)
-    loose = [at_least(part, threshold) for part in parts]
-    surplus = sum(int(np.count_nonzero(mask)) for mask in loose) - k
-    for i in reversed(range(len(parts))):
+    _, at_least = _comparisons(largest)
+    masks = [at_least(part, threshold) for part in parts]
+    surplus = sum(int(np.count_nonzero(mask)) for mask in masks) - k
+    for part, mask in zip(reversed(parts), reversed(masks), strict=True):
+        surplus = _clear_last_ties(part, mask, threshold, surplus)
+    return masks
+
+
+def _clear_last_ties(values: Array, mask: Array, threshold: Any, surplus: int) -> int:
+    """Clear up to ``surplus`` ties from the end of ``mask``; return how many are left over."""
+    for start in reversed(range(0, values.size, _CHUNK)):
         if surplus == 0:
             break
-        strict = beyond(parts[i], threshold)
-        ties = int(np.count_nonzero(loose[i])) - int(np.count_nonzero(strict))
-        kept = max(ties - surplus, 0)
-        surplus -= ties - kept
-        end = _end_of_ties(parts[i], threshold, kept)
-        strict[:end] = loose[i][:end]
-        loose[i] = strict
-    return loose
-
-
-def _end_of_ties(values: Array, threshold: Any, count: int) -> int:
-    """Length of the shortest prefix that holds ``count`` values equal to ``threshold``."""
-    if count == 0:
-        return 0
-    for start in range(0, values.size, _CHUNK):
+        here = mask[start : start + _CHUNK]
         tied = values[start : start + _CHUNK] == threshold
-        here = int(np.count_nonzero(tied))
-        if here >= count:
-            return start + int(np.flatnonzero(tied)[count - 1]) + 1
-        count -= here
-    raise AssertionError("fewer ties than counted")
+        count = int(np.count_nonzero(tied))
+        if count <= surplus:
+            np.greater(here, tied, out=here)
+        else:
+            here[np.flatnonzero(tied)[count - surplus :]] = False
+        surplus -= min(count, surplus)
+    return surplus
 
 
 def _comparisons(largest: bool) -> tuple[np.ufunc, np.ufunc]:
@@ -239,57 +238,56 @@ def _threshold(parts: Sequence[Array], k: int, largest: bool) -> Any:
     total = sum(part.size for part in parts)
     if total <= _SMALL:
         return _partition(np.concatenate(parts), k, largest)
-    better, worse, expected = _bracket(parts, k, total, largest)
+    better, worse, crowded = _bracket(parts, k, total, largest)
     beyond, at_least = _comparisons(largest)
-    above = [beyond(part, better) for part in parts]
-    before = sum(int(np.count_nonzero(mask)) for mask in above)
+    # Where many scores equal an end of the bracket, its ends are left out: partition is slow on
+    # equal values, and whether the threshold is one of the ends is a matter of counting.
+    ahead, inside = (at_least, beyond) if crowded else (beyond, at_least)
+    before = within = 0
+    candidates = []
+    for chunk in _chunks(parts):
+        outer, inner = ahead(chunk, better), inside(chunk, worse)
+        before += int(np.count_nonzero(outer))
+        within += int(np.count_nonzero(inner))
+        candidates.append(chunk[np.greater(inner, outer)])
+    if before < k <= within:
+        return _partition(np.concatenate(candidates), k - before, largest)
     if k <= before:
-        return _partition(_gather(parts, above), k, largest)
-    inside = [at_least(part, worse) for part in parts]
-    within = sum(int(np.count_nonzero(mask)) for mask in inside)
-    if k > within:
-        outside = [np.logical_not(mask) for mask in inside]
-        return _partition(_gather(parts, outside), k - within, largest)
-    if better == worse:
-        return better
-    for mask, outer in zip(inside, above, strict=True):
-        np.logical_xor(mask, outer, out=mask)
-    if within - before > 4 * expected:
-        # Many equal scores sit on an end of the bracket; partition would be slow on them.
-        tied = sum(int(np.count_nonzero(part == better)) for part in parts)
-        if k <= before + tied:
+        if crowded and k > sum(int(np.count_nonzero(beyond(part, better))) for part in parts):
             return better
-        if k > within - sum(int(np.count_nonzero(part == worse)) for part in parts):
-            return worse
-        for part, mask in zip(parts, inside, strict=True):
-            np.logical_and(mask, part != better, out=mask)
-            np.logical_and(mask, part != worse, out=mask)
-        before += tied
-    return _partition(_gather(parts, inside), k - before, largest)
+        return _threshold([part[beyond(part, better)] for part in parts], k, largest)
+    rest = [np.logical_not(at_least(part, worse)) for part in parts]
+    skipped = total - sum(int(np.count_nonzero(mask)) for mask in rest)
+    if k <= skipped:
+        return worse
+    tail = [part[mask] for part, mask in zip(parts, rest, strict=True)]
+    return _threshold(tail, k - skipped, largest)
 
 
-def _bracket(parts: Sequence[Array], k: int, total: int, largest: bool) -> tuple[Any, Any, int]:
-    """Two values that very likely enclose the k-th best, and how many to expect between them."""
+def _bracket(parts: Sequence[Array], k: int, total: int, largest: bool) -> tuple[Any, Any, bool]:
+    """Two sampled values that very likely enclose the k-th best; whether many scores equal one."""
     stride = max(total // _SAMPLE, 4) | 1
     sample = np.concatenate([part[::stride] for part in parts])
     share = k / total
-    middle = share * sample.size
     margin = 4.0 * np.sqrt(sample.size * share * (1.0 - share)) + len(parts) + 8.0
-    first = int(np.clip(middle - margin, 0, sample.size - 1))
-    last = int(np.clip(middle + margin, 0, sample.size - 1))
+    first, last = np.clip(share * sample.size + np.array([-margin, margin]), 0, sample.size - 1)
     if largest:
         first, last = sample.size - 1 - first, sample.size - 1 - last
-    sample.partition([first, last])
-    return sample[first], sample[last], (abs(last - first) + 1) * stride
+    sample.partition([int(first), int(last)])
+    better, worse = sample[int(first)], sample[int(last)]
+    equal = max(np.count_nonzero(sample == better), np.count_nonzero(sample == worse))
+    return better, worse, bool(equal > _FEW_TIES)
+
+
+def _chunks(parts: Sequence[Array]) -> Iterator[Array]:
+    for part in parts:
+        for start in range(0, part.size, _CHUNK):
+            yield part[start : start + _CHUNK]
 
 
 def _partition(values: Array, k: int, largest: bool) -> Any:
     position = values.size - k if largest else k - 1
     return np.partition(values, position)[position]
-
-
-def _gather(parts: Sequence[Array], masks: Sequence[Array]) -> Array:
-    return np.concatenate([part[mask] for part, mask in zip(parts, masks, strict=True)])
 
 
 def _best_on_device(parts: Sequence[Tensor], k: int, largest: bool) -> list[Tensor]:

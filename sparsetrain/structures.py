@@ -11,7 +11,7 @@ import math
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal
 
 import torch
 from einops import rearrange, reduce
@@ -82,7 +82,7 @@ class NM(Structure):
     m: int = Field(default=4, ge=1, description="Weights in a group, consecutive inputs.")
 
     @model_validator(mode="after")
-    def _n_within_m(self) -> Self:
+    def _n_within_m(self) -> "NM":
         if self.n > self.m:
             raise ValueError(f"n={self.n} is larger than m={self.m}: n of m weights are kept")
         return self

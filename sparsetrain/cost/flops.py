@@ -140,9 +140,7 @@ def _counter(module: nn.Module, add: Any) -> Any:
         return lambda m, args, kwargs, out: add(m.weight, 2.0 * out.numel() * m.in_features)
     if isinstance(module, _CONVOLUTIONS):
         # Each output element is a product with one filter.
-        return lambda m, args, kwargs, out: add(
-            m.weight, 2.0 * out.numel() * m.weight[0].numel()
-        )
+        return lambda m, args, kwargs, out: add(m.weight, 2.0 * out.numel() * m.weight[0].numel())
     if isinstance(module, _TRANSPOSED):
         # Each input element is a product with one filter.
         return lambda m, args, kwargs, out: add(
@@ -156,7 +154,7 @@ def _count_attention(
 ) -> None:
     given = dict(zip(("query", "key", "value"), args, strict=False)) | kwargs
     tokens = {k: given[k].numel() // given[k].shape[-1] for k in ("query", "key", "value")}
-    if module.in_proj_weight is not None:
+    if module._qkv_same_embed_dim:
         width = module.embed_dim
         add(module.in_proj_weight, 2.0 * width * width * sum(tokens.values()))
     else:

@@ -146,9 +146,7 @@ def random_masks(policy: Policy, group: TargetGroup) -> dict[str, Tensor]:
     masks = {}
     for target in group.targets:
         scores = torch.rand(target.shape, generator=group.generator)
-        masks[target.name] = select(
-            scores, counts[target.name], policy.structure, name=target.name
-        )
+        masks[target.name] = select(scores, counts[target.name], policy.structure, name=target.name)
     return masks
 
 

@@ -123,9 +123,7 @@ def drop_and_grow_units(
     active = structure.units(mask.float()) > 0
     in_group = int(active[0].sum())
     keep = in_group - int(in_group * fraction)
-    kept = group_top_k(
-        structure.units(drop_scores).masked_fill(~active, -1.0), keep, name=name
-    )
+    kept = group_top_k(structure.units(drop_scores).masked_fill(~active, -1.0), keep, name=name)
     wish = structure.units(grow_scores).masked_fill(kept, -1.0)
     grown = group_top_k(wish, in_group - keep, name=name)
     new = structure.expand(kept | grown, target.shape)

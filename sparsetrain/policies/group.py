@@ -51,6 +51,4 @@ class TargetGroup:
 
     def note(self, target: MaskedTarget, dropped: int, grown: int) -> None:
         """Record what an update did to a target."""
-        self.changes.append(
-            LayerChange(target.name, dropped, grown, target.active, target.numel)
-        )
+        self.changes.append(LayerChange(target.name, dropped, grown, target.active, target.numel))

@@ -24,7 +24,7 @@ class NMSparse(Policy):
     g + decay (1 - mask) w. Groups run along the inputs (input channels of a convolution).
     """
 
-    kind: Literal["n_m"] = "n_m"
+    kind: Literal["nm_sparse"] = "nm_sparse"
     latent: ClassVar[bool] = True
     dense_gradient: ClassVar[Literal["never", "updates", "always"]] = "always"
 

@@ -52,6 +52,4 @@ class RigL(DynamicPolicy):
                 drop_and_grow(group, target, fraction, values.abs_(), grower)
             else:
                 magnitude = target.param.detach().abs()
-                drop_and_grow_units(
-                    group, target, fraction, magnitude, gradient, self.structure
-                )
+                drop_and_grow_units(group, target, fraction, magnitude, gradient, self.structure)

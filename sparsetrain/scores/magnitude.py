@@ -13,7 +13,10 @@ from sparsetrain.scores.base import Score
 
 
 class Magnitude(Score):
-    """|w|: small weights matter least (Han et al. 2015, "Learning both weights and connections")."""
+    """|w|: small weights matter least.
+
+    Han et al. 2015, "Learning both weights and connections for efficient neural networks".
+    """
 
     kind: Literal["magnitude"] = "magnitude"
 

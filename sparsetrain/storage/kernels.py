@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -43,7 +44,7 @@ def keep_where_(tensor: Tensor, mask: Tensor) -> None:
     _multiply(bits, mask.numpy())
 
 
-def _multiply(bits: np.ndarray, keep: np.ndarray) -> None:  # type: ignore[type-arg]
+def _multiply(bits: np.ndarray, keep: np.ndarray) -> None:
     threads = min(torch.get_num_threads(), 8)
     rows = bits.shape[0] if bits.ndim else 0
     if bits.size < _PARALLEL_FROM or threads == 1 or rows < threads:
@@ -53,10 +54,8 @@ def _multiply(bits: np.ndarray, keep: np.ndarray) -> None:  # type: ignore[type-
     if _pool is None:
         _pool = ThreadPoolExecutor(max_workers=7, thread_name_prefix="sparsetrain")
     cuts = [rows * i // threads for i in range(threads + 1)]
-    parts = [slice(a, b) for a, b in zip(cuts, cuts[1:], strict=False)]
-    waiting = [
-        _pool.submit(np.multiply, bits[part], keep[part], bits[part]) for part in parts[1:]
-    ]
+    parts = [slice(a, b) for a, b in pairwise(cuts)]
+    waiting = [_pool.submit(np.multiply, bits[part], keep[part], bits[part]) for part in parts[1:]]
     np.multiply(bits[parts[0]], keep[parts[0]], out=bits[parts[0]])
     for job in waiting:
         job.result()

@@ -29,7 +29,7 @@ class DynamicNetworkSurgery(DynamicPolicy):
     the same rule with t chosen by count.
     """
 
-    kind: Literal["surgery"] = "surgery"
+    kind: Literal["dynamic_network_surgery"] = "dynamic_network_surgery"
     latent: ClassVar[bool] = True
     dense_gradient: ClassVar[Literal["never", "updates", "always"]] = "always"
 
@@ -46,9 +46,7 @@ class DynamicNetworkSurgery(DynamicPolicy):
 
     @model_validator(mode="after")
     def _one_threshold(self) -> DynamicNetworkSurgery:
-        if self.c_rate is not None and (
-            self.sparsity is not None or self.allocation.fixes_density
-        ):
+        if self.c_rate is not None and (self.sparsity is not None or self.allocation.fixes_density):
             raise ValueError("give either 'sparsity' (or densities) or 'c_rate', not both")
         if not is_unstructured(self.structure):
             raise ValueError("surgery decides weight by weight: leave 'structure' out")
@@ -89,9 +87,7 @@ class DynamicNetworkSurgery(DynamicPolicy):
         ranked = torch.where(target.mask, magnitude, magnitude * handicap)
         return top_k(ranked, count, name=target.name)
 
-    def _by_threshold(
-        self, group: TargetGroup, target: LatentTarget, magnitude: Tensor
-    ) -> Tensor:
+    def _by_threshold(self, group: TargetGroup, target: LatentTarget, magnitude: Tensor) -> Tensor:
         key = f"{target.name}.threshold"
         if key not in group.memory:
             std, mean = torch.std_mean(magnitude.double(), correction=0)

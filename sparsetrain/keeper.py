@@ -1,0 +1,259 @@
+"""The keeper: owns everything that changes while masks are held, and acts around each step."""
+
+from __future__ import annotations
+
+import json
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from sparsetrain import base_state, checkpoint
+from sparsetrain.base_state import Resting
+from sparsetrain.policies import Policy
+from sparsetrain.policies.group import TargetGroup
+from sparsetrain.recipe import Assignment, Recipe
+from sparsetrain.report.events import UpdateEvent
+from sparsetrain.storage.latent import LatentTarget
+from sparsetrain.storage.masked import MaskedTarget
+from sparsetrain.tracking import Tracker
+from sparsetrain.wiring import copy_to_device_of, held_by
+
+Listener = Callable[[UpdateEvent], None]
+
+
+class Keeper:
+    """Targets, masks, clock, generator and policy memory of one `SparseOptimizer`."""
+
+    def __init__(self, base: Optimizer, recipe: Recipe, seed: int) -> None:
+        self.base = base
+        self.recipe = recipe
+        self.step_count = 0
+        self.targets: dict[str, MaskedTarget] = {}
+        self.groups: list[tuple[Policy, TargetGroup]] = []
+        self.waiting: list[Assignment] = []
+        self.generator = torch.Generator().manual_seed(seed)
+        self.tracker = Tracker()
+        self.listeners: OrderedDict[int, Listener] = OrderedDict()
+        self._observed = False
+        self._resting: dict[int, Resting] = {}
+        self._group_index: dict[int, int] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        groups = [(policy, group.targets, group.memory) for policy, group in self.groups]
+        return self.__dict__ | {
+            "generator": self.generator.get_state(),
+            "groups": groups,
+            "listeners": OrderedDict(),
+            "_group_index": {},
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.generator = torch.Generator()
+        self.generator.set_state(state["generator"])
+        self.groups = [(p, self._new_group(targets, mem)) for p, targets, mem in state["groups"]]
+
+    # Taking tensors into care.
+
+    @torch.no_grad()
+    def adopt(self, assignments: list[Assignment]) -> None:
+        """Make targets of the tensors that the base optimizer holds; the others wait.
+
+        Every decision comes before every change, so that an error changes nothing.
+        """
+        held, waiting = held_by(self.base, assignments)
+        before = self.generator.get_state()
+        try:
+            planned = [self._plan(assignment) for assignment in held]
+        except Exception:
+            self.generator.set_state(before)
+            raise
+        self.waiting = waiting
+        for policy, group, masks in planned:
+            self.groups.append((policy, group))
+            for target in group.targets:
+                self.targets[target.name] = target
+                target.begin(masks[target.name])
+                self._rest_inactive(target)
+
+    def adopt_waiting(self) -> None:
+        """Look again at tensors that the base optimizer did not hold before."""
+        self._group_index.clear()
+        self.adopt(self.waiting)
+
+    def _plan(self, assignment: Assignment) -> tuple[Policy, TargetGroup, dict[str, Tensor]]:
+        policy = assignment.policy
+        storage = LatentTarget if policy.latent else MaskedTarget
+        group = self._new_group([storage(c.name, c.param) for c in assignment.candidates], {})
+        return policy, group, policy.initial_masks(group)
+
+    def _new_group(self, targets: list[MaskedTarget], memory: dict[str, Any]) -> TargetGroup:
+        return TargetGroup(
+            targets=targets,
+            generator=self.generator,
+            state_of=lambda param: self.base.state.get(param, {}),
+            reset_state=self._reset_state,
+            memory=memory,
+        )
+
+    # Around a step.
+
+    def replaces_step(self) -> bool:
+        """Whether masks change in place of the gradient step now."""
+        return any(p.replaces_step and p.update_is_due(self.step_count) for p, _ in self.groups)
+
+    @torch.no_grad()
+    def observe(self) -> None:
+        """Show each policy the dense gradients, once a step."""
+        if not self._observed:
+            for policy, group in self.groups:
+                policy.observe(group, self.step_count)
+            self._observed = True
+
+    @torch.no_grad()
+    def prepare(self) -> None:
+        """Before the base optimizer steps: gradients of inactive weights go."""
+        self.observe()
+        for target in self.targets.values():
+            target.before_step()
+
+    def guard(self, closure: Callable[[], Any]) -> Callable[[], Any]:
+        """The closure with masked weights before it and masked gradients after it."""
+
+        def guarded() -> Any:
+            with torch.no_grad():
+                for target in self.targets.values():
+                    target.conceal()
+            loss = closure()
+            self._observed = False
+            self.prepare()
+            return loss
+
+        return guarded
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        """After the base optimizer stepped: exact zeros, then mask updates that are due."""
+        for target in self.targets.values():
+            keeps_zeros = self._resting_of(target.param).keeps_zeros
+            target.after_step(keeps_zeros)
+            if not keeps_zeros:
+                self._rest_inactive(target)
+        step = self.step_count
+        if any(policy.update_is_due(step) for policy, _ in self.groups):
+            self.update(lambda policy: policy.update_is_due(step))
+        self._tick()
+
+    @torch.no_grad()
+    def update_instead(self) -> None:
+        """The step on which masks change in place of the gradient step."""
+        self.observe()
+        for target in self.targets.values():
+            target.check_outside_writes()
+        step = self.step_count
+        self.update(lambda policy: policy.update_is_due(step))
+        self._tick()
+
+    @torch.no_grad()
+    def mask_gradients(self) -> None:
+        """Zero gradients of inactive weights, but for those that are still needed dense."""
+        self.observe()
+        for policy, group in self.groups:
+            if policy.replaces_step and policy.update_is_due(self.step_count):
+                continue
+            for target in group.targets:
+                target.mask_gradient()
+
+    @torch.no_grad()
+    def update(self, chosen: Callable[[Policy], bool]) -> None:
+        """Let the chosen policies change their masks, and tell the listeners."""
+        changes = []
+        for policy, group in self.groups:
+            if chosen(policy):
+                group.changes.clear()
+                policy.update_masks(group, self.step_count)
+                changes += group.changes
+        if any(change.dropped or change.grown for change in changes):
+            base_state.forget_history(self.base)
+        if self.tracker.explored is not None:
+            self.tracker.explore(self.targets.values())
+        if not self.listeners:
+            return
+        total = sum(target.numel for target in self.targets.values())
+        rate = self.tracker.exploration_rate(total)
+        event = UpdateEvent(self.step_count, self.sparsity(), rate, tuple(changes))
+        for listener in list(self.listeners.values()):
+            listener(event)
+
+    def _tick(self) -> None:
+        for policy, group in self.groups:
+            dense = policy.needs_dense_gradient(self.step_count)
+            self.tracker.count_step(group.targets, dense)
+        self._observed = False
+        self.step_count += 1
+
+    def sparsity(self) -> float:
+        """Share of zeros over all targets together, in [0, 1]."""
+        targets: Iterable[MaskedTarget] = self.targets.values()
+        return 1.0 - sum(t.active for t in targets) / sum(t.numel for t in targets)
+
+    @torch.no_grad()
+    def release(self) -> None:
+        """Leave the masked weights in the model and forget everything else."""
+        for target in self.targets.values():
+            target.release()
+        for _, group in self.groups:
+            group.memory.clear()
+
+    # State of the base optimizer, weight by weight.
+
+    def _reset_state(self, param: Tensor, indices: Tensor) -> None:
+        base_state.reset_state(self.base, param, indices, self._resting_of(param))
+
+    def _rest_inactive(self, target: MaskedTarget) -> None:
+        if not isinstance(target, LatentTarget):
+            resting = self._resting_of(target.param)
+            base_state.rest_inactive_state(self.base, target.param, target.mask, resting)
+
+    def _resting_of(self, param: Tensor) -> Resting:
+        index = self._group_index.get(id(param))
+        if index is None:
+            for number, group in enumerate(self.base.param_groups):
+                self._group_index.update(dict.fromkeys(map(id, group["params"]), number))
+            index = self._group_index[id(param)]
+        if index not in self._resting:
+            group = self.base.param_groups[index]
+            self._resting[index] = base_state.find_resting(self.base, group, param)
+        return self._resting[index]
+
+    # Checkpoints.
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain tensors, numbers and strings."""
+        return {
+            "version": checkpoint.VERSION,
+            "recipe": json.dumps(self.recipe.to_dict()),
+            "step_count": self.step_count,
+            "generator": self.generator.get_state(),
+            "targets": {n: checkpoint.describe_target(t) for n, t in self.targets.items()},
+            "memories": [dict(group.memory) for _, group in self.groups],
+            "tracker": self.tracker.state_dict(),
+        }
+
+    @torch.no_grad()
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        """Inverse of `state_dict`, for a state that `checkpoint.check` has accepted."""
+        self.step_count = int(saved["step_count"])
+        self.generator.set_state(saved["generator"].cpu())
+        for name, entry in saved["targets"].items():
+            target = self.targets[name]
+            target.restore(checkpoint.unpack_mask(entry["mask"], target.shape), entry)
+        for (_, group), memory in zip(self.groups, saved["memories"], strict=True):
+            group.memory.clear()
+            group.memory.update({k: copy_to_device_of(v, group) for k, v in memory.items()})
+        self.tracker.load_state_dict(saved["tracker"])
+        self._observed = False
