@@ -1,9 +1,10 @@
 """What the wrapped optimizer keeps for a weight, handled by shape and not by its name or class.
 
-Any state tensor shaped like the parameter belongs to its weights one by one. Where a weight is
-inactive such a tensor holds its *resting* value: what the optimizer leaves there when the weight
-and its gradient have always been 0. That is 0 for nearly every tensor of every optimizer (Rprop's
-step sizes are an exception), and it is found by trying, not from a list.
+Any state tensor shaped like the parameter belongs to its weights one by one. It is exactly 0
+where a weight is inactive, and *fresh* where a weight has just grown: what the optimizer itself
+would hold for a weight that has always been 0 with zero gradients. Fresh is 0 for nearly every
+tensor of every optimizer (Rprop's step sizes are an exception); it is found by trying the
+optimizer out, not from a list.
 """
 
 from __future__ import annotations
@@ -29,21 +30,21 @@ class Resting:
     """How an optimizer treats weights that are 0 and get zero gradients.
 
     Attributes:
-        keeps_zeros: weights stay exactly 0 and state stays at rest, so nothing needs repair.
-        values: state key -> resting value.
+        keeps_zeros: weights and state stay exactly 0, so nothing needs repair after a step.
+        fresh: state key -> its value for such a weight.
     """
 
     keeps_zeros: bool = False
-    values: dict[str, float] = field(default_factory=dict)
+    fresh: dict[str, float] = field(default_factory=dict)
 
 
 def find_resting(base: Optimizer, group: dict[str, Any], like: Tensor) -> Resting:
     """Try the optimizer, with the options of `group`, on a small matrix that is half inactive."""
     param = Parameter(torch.zeros(4, 8, dtype=like.dtype, device=like.device))
-    active = torch.zeros_like(param, dtype=torch.bool)
-    active[:, ::2] = True
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(_TRIAL_STEPS + 1, 4, 8, generator=generator).to(param)
+    # Scattered, because whole rows or columns of zeros survive what single ones do not (Muon).
+    active = torch.rand(4, 8, generator=generator).to(param) < 0.5
     with torch.no_grad():
         param.copy_(torch.where(active, noise[-1], 0.0))
     trial = copy.copy(base)
@@ -61,14 +62,14 @@ def find_resting(base: Optimizer, group: dict[str, Any], like: Tensor) -> Restin
 
 
 def _judge(param: Parameter, active: Tensor, state: dict[str, Any]) -> Resting:
-    keeps = bool((param.detach()[~active] == 0).all())
-    values = {}
+    keeps_zeros = bool((param.detach()[~active] == 0).all())
+    fresh = {}
     for key, tensor in shaped_state(state, param):
         idle = tensor[~active]
-        values[key] = float(idle[0])
-        if not bool((idle == idle[0]).all()):
-            keeps, values[key] = False, 0.0
-    return Resting(keeps, values)
+        steady = bool((idle == idle[0]).all())
+        fresh[key] = float(idle[0]) if steady else 0.0
+        keeps_zeros &= steady and fresh[key] == 0.0
+    return Resting(keeps_zeros, fresh)
 
 
 def shaped_state(state: dict[str, Any], param: Tensor) -> Iterator[tuple[str, Tensor]]:
@@ -78,24 +79,19 @@ def shaped_state(state: dict[str, Any], param: Tensor) -> Iterator[tuple[str, Te
             yield key, value
 
 
-def reset_state(base: Optimizer, param: Tensor, indices: Tensor, resting: Resting) -> None:
-    """Bring the state of single weights to rest.
-
-    Args:
-        indices: flat indices of weights that were dropped or grown.
-    """
+def reset_state(
+    base: Optimizer, param: Tensor, gone: Tensor, new: Tensor, fresh: dict[str, float]
+) -> None:
+    """Zero the state of dropped weights and make that of grown ones fresh (flat indices)."""
     for key, tensor in shaped_state(base.state.get(param, {}), param):
-        write_flat_(tensor, indices, resting.values.get(key, 0.0))
+        write_flat_(tensor, gone, 0.0)
+        write_flat_(tensor, new, fresh.get(key, 0.0))
 
 
-def rest_inactive_state(base: Optimizer, param: Tensor, mask: Tensor, resting: Resting) -> None:
-    """Bring the state of all inactive weights to rest."""
-    for key, tensor in shaped_state(base.state.get(param, {}), param):
-        value = resting.values.get(key, 0.0)
-        if value == 0.0:
-            keep_where_(tensor, mask)
-        else:
-            tensor.masked_fill_(~mask, value)
+def zero_inactive_state(base: Optimizer, param: Tensor, mask: Tensor) -> None:
+    """Zero the state of all inactive weights."""
+    for _, tensor in shaped_state(base.state.get(param, {}), param):
+        keep_where_(tensor, mask)
 
 
 def forget_history(base: Optimizer) -> None:

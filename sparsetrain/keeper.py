@@ -78,7 +78,7 @@ class Keeper:
             for target in group.targets:
                 self.targets[target.name] = target
                 target.begin(masks[target.name])
-                self._rest_inactive(target)
+                self._zero_inactive_state(target)
 
     def adopt_waiting(self) -> None:
         """Look again at tensors that the base optimizer did not hold before."""
@@ -142,7 +142,7 @@ class Keeper:
             keeps_zeros = self._resting_of(target.param).keeps_zeros
             target.after_step(keeps_zeros)
             if not keeps_zeros:
-                self._rest_inactive(target)
+                self._zero_inactive_state(target)
         step = self.step_count
         if any(policy.update_is_due(step) for policy, _ in self.groups):
             self.update(lambda policy: policy.update_is_due(step))
@@ -211,13 +211,12 @@ class Keeper:
 
     # State of the base optimizer, weight by weight.
 
-    def _reset_state(self, param: Tensor, indices: Tensor) -> None:
-        base_state.reset_state(self.base, param, indices, self._resting_of(param))
+    def _reset_state(self, param: Tensor, gone: Tensor, new: Tensor) -> None:
+        base_state.reset_state(self.base, param, gone, new, self._resting_of(param).fresh)
 
-    def _rest_inactive(self, target: MaskedTarget) -> None:
+    def _zero_inactive_state(self, target: MaskedTarget) -> None:
         if not isinstance(target, LatentTarget):
-            resting = self._resting_of(target.param)
-            base_state.rest_inactive_state(self.base, target.param, target.mask, resting)
+            base_state.zero_inactive_state(self.base, target.param, target.mask)
 
     def _resting_of(self, param: Tensor) -> Resting:
         index = self._group_index.get(id(param))

@@ -27,7 +27,7 @@ class TargetGroup:
     targets: list[MaskedTarget]
     generator: torch.Generator
     state_of: Callable[[Tensor], Mapping[str, Any]]
-    reset_state: Callable[[Tensor, Tensor], None]
+    reset_state: Callable[[Tensor, Tensor, Tensor], None]
     memory: dict[str, Any] = field(default_factory=dict)
     changes: list[LayerChange] = field(default_factory=list)
 
@@ -40,9 +40,7 @@ class TargetGroup:
     ) -> None:
         """Drop and grow connections of a target; optimizer state of both starts afresh."""
         gone, new = target.exchange(dropped, grown, values)
-        for changed in (gone, new):
-            if changed.numel():
-                self.reset_state(target.param, changed)
+        self.reset_state(target.param, gone, new)
         self.note(target, gone.numel(), new.numel())
 
     def replace_mask(self, target: MaskedTarget, mask: Tensor) -> None:
