@@ -44,7 +44,7 @@ def test_snippet_runs(snippet: Snippet, tmp_path: Path, monkeypatch: pytest.Monk
     torch.manual_seed(0)
     # Blank lines in front, so that a traceback points into the page.
     source = "\n" * (snippet.line - 1) + snippet.code
-    exec(compile(source, str(snippet.page), "exec"), {"__name__": "snippet"})
+    exec(compile(source, str(snippet), "exec"), {"__name__": "snippet"})
 
 
 @pytest.mark.parametrize("snippet", snippets("yaml"), ids=str)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from enum import Enum
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -14,7 +14,7 @@ from rich.progress import MofNCompleteColumn, Progress
 from sparsetrain.commands.console import out, says_errors
 
 
-class Data(str, Enum):
+class Data(StrEnum):
     """Data sets that the train command takes."""
 
     digits = "digits"
@@ -22,7 +22,7 @@ class Data(str, Enum):
     mnist = "mnist"
 
 
-class Network(str, Enum):
+class Network(StrEnum):
     """Networks that the train command takes."""
 
     lenet_300_100 = "lenet_300_100"
@@ -31,7 +31,7 @@ class Network(str, Enum):
     resnet_small = "resnet_small"
 
 
-class LrSchedule(str, Enum):
+class LrSchedule(StrEnum):
     """Learning-rate schedules that the train command takes."""
 
     constant = "constant"
