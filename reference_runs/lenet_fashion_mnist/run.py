@@ -185,16 +185,12 @@ def tables(rows: list[common.Record], gaps: list[common.Record]) -> str:
     def cost(row: common.Record) -> str:
         return f"{row['training_flops']:.3f} / {row['inference_flops']:.3f}"
 
-    def seconds(row: common.Record) -> str:
-        return f"{row['train_seconds']:.0f}"
-
     parts = []
     for title, write in (
         ("Test error [%] at the end of training, mean ± standard error", error),
         ("FLOPs as a multiple of dense: training / inference", cost),
-        ("Seconds of training a run (one thread; masked dense storage)", seconds),
     ):
-        lines = (line(method, write) for method in present)
+        lines = [line(method, write) for method in present]
         parts.append(f"{title}:\n\n" + common.markdown_table(["", *head], lines))
     by_pair = {(gap["better"], gap["worse"], gap["sparsity"]): gap for gap in gaps}
     lines = []

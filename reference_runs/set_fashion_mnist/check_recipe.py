@@ -82,10 +82,10 @@ def _replay(
         order = np.arange(settings.train_samples)
         random.shuffle(order)
         with _drawing(lambda x: torch.from_numpy(random.random_sample(tuple(x.shape)))):
-            for batch in torch.from_numpy(order).split(settings.batch_size):
+            for batch in torch.split(torch.from_numpy(order), settings.batch_size):
                 loss = tutorial_loss(model(data.train_x[batch]), data.train_y[batch])
                 optimizer.zero_grad()
-                loss.backward()
+                loss.backward()  # type: ignore[no-untyped-call]
                 optimizer.step()
         yield (
             accuracy(model, data.train_x, data.train_y),
@@ -111,8 +111,8 @@ def _install(model: TutorialMLP, optimizer: torch.optim.Optimizer, weights: list
     if isinstance(optimizer, st.SparseOptimizer):
         for target, weight in zip(optimizer.targets.values(), weights, strict=True):
             target.replace_mask(weight != 0)
-    for layer, weight in zip(model.layers, weights, strict=True):
-        layer.weight.copy_(weight)
+    for parameter, weight in zip(model.weights, weights, strict=True):
+        parameter.copy_(weight)
 
 
 @contextmanager

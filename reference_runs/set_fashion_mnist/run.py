@@ -81,15 +81,25 @@ class TutorialMLP(nn.Module):
         super().__init__()
         self.dropout = settings.dropout
         self.layers = nn.ModuleList(nn.Linear(i, o) for i, o in pairwise(settings.widths))
-        with torch.no_grad():
-            for layer in self.layers:
-                nn.init.normal_(layer.weight, std=settings.weight_std)
-                nn.init.zeros_(layer.bias)
+        for weight in self.weights:
+            nn.init.normal_(weight, std=settings.weight_std)
+        for bias in self.biases:
+            nn.init.zeros_(bias)
+
+    @property
+    def weights(self) -> list[nn.Parameter]:
+        """Weight matrices, input layer first."""
+        return [parameter for parameter in self.parameters() if parameter.dim() == 2]
+
+    @property
+    def biases(self) -> list[nn.Parameter]:
+        """Biases, input layer first."""
+        return [parameter for parameter in self.parameters() if parameter.dim() == 1]
 
     def forward(self, x: Tensor) -> Tensor:
         """Pre-activations of the output layer, [samples, classes], of inputs [samples, pixels]."""
         for number, layer in enumerate(self.layers):
-            z = layer(x)
+            z: Tensor = layer(x)
             # Dropout without rescaling while training; later layers are scaled at test time.
             if number and not self.training:
                 z = z * (1 - self.dropout)
@@ -166,8 +176,7 @@ def build(method: str, seed: int, settings: Settings) -> tuple[TutorialMLP, torc
     """The network and its optimizer, as the seed makes them."""
     torch.manual_seed(seed)
     model = TutorialMLP(settings)
-    weights = [layer.weight for layer in model.layers]
-    biases = [layer.bias for layer in model.layers]
+    weights, biases = model.weights, model.biases
     dense = method == "dense"
     optimizer: torch.optim.Optimizer = torch.optim.SGD(
         [
@@ -176,7 +185,7 @@ def build(method: str, seed: int, settings: Settings) -> tuple[TutorialMLP, torc
         ],
         momentum=settings.momentum,
     )
-    parameters = [*weights, *biases]
+    parameters: list[Tensor] = [*weights, *biases]
 
     def decay(*_: Any) -> None:
         with torch.no_grad():
@@ -194,7 +203,7 @@ def build(method: str, seed: int, settings: Settings) -> tuple[TutorialMLP, torc
 def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
     """Share of samples whose largest output is at their label."""
     model.eval()
-    right = (model(x).argmax(dim=1) == y).sum().item()
+    right = int((model(x).argmax(dim=1) == y).sum())
     model.train()
     return right / len(y)
 
@@ -252,7 +261,7 @@ def _train_epoch(
         index = order[step * size : (step + 1) * size]
         loss = tutorial_loss(model(data.train_x[index]), data.train_y[index])
         optimizer.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
 
 
