@@ -45,20 +45,35 @@ def find_resting(base: Optimizer, group: dict[str, Any], like: Tensor) -> Restin
     noise = torch.randn(_TRIAL_STEPS + 1, 4, 8, generator=generator).to(param)
     # Scattered, because whole rows or columns of zeros survive what single ones do not (Muon).
     active = torch.rand(4, 8, generator=generator).to(param) < 0.5
-    with torch.no_grad():
-        param.copy_(torch.where(active, noise[-1], 0.0))
+    *gradients, start = torch.where(active, noise, 0.0)
+    for make in (_copy_of, _made_anew):
+        with torch.no_grad():
+            param.copy_(start)
+        try:
+            trial = make(base, {**group, "params": [param]})
+            for gradient in gradients:
+                param.grad = gradient.clone()
+                trial.step()
+        except Exception:
+            # An optimizer that needs a closure, say, cannot be tried; then nothing is taken for
+            # granted and its zeros are restored after every step.
+            continue
+        return _judge(param, active, trial.state[param])
+    return Resting()
+
+
+def _copy_of(base: Optimizer, group: dict[str, Any]) -> Optimizer:
     trial = copy.copy(base)
     trial.state = defaultdict(dict)
-    trial.param_groups = [{**group, "params": [param]}]
-    for step in range(_TRIAL_STEPS):
-        param.grad = torch.where(active, noise[step], 0.0)
-        try:
-            trial.step()
-        except Exception:
-            # An optimizer that needs a closure or state of its own cannot be tried like this;
-            # then nothing is taken for granted and its zeros are restored after every step.
-            return Resting()
-    return _judge(param, active, trial.state[param])
+    trial.param_groups = [group]
+    return trial
+
+
+def _made_anew(base: Optimizer, group: dict[str, Any]) -> Optimizer:
+    """For optimizers that fill their state when they are made (Adagrad in older torch)."""
+    make: Any = type(base)
+    trial: Optimizer = make([group], **base.defaults)
+    return trial
 
 
 def _judge(param: Parameter, active: Tensor, state: dict[str, Any]) -> Resting:

@@ -16,7 +16,7 @@ from sparsetrain.base_state import Resting
 from sparsetrain.policies import Policy
 from sparsetrain.policies.group import TargetGroup
 from sparsetrain.recipe import Assignment, Recipe
-from sparsetrain.report.events import UpdateEvent
+from sparsetrain.report.events import LayerChange, UpdateEvent
 from sparsetrain.storage.latent import LatentTarget
 from sparsetrain.storage.masked import MaskedTarget
 from sparsetrain.tracking import Tracker
@@ -38,7 +38,6 @@ class Keeper:
         self.generator = torch.Generator().manual_seed(seed)
         self.tracker = Tracker()
         self.listeners: OrderedDict[int, Listener] = OrderedDict()
-        self._observed = False
         self._resting: dict[int, Resting] = {}
         self._group_index: dict[int, int] = {}
 
@@ -107,17 +106,9 @@ class Keeper:
         return any(p.replaces_step and p.update_is_due(self.step_count) for p, _ in self.groups)
 
     @torch.no_grad()
-    def observe(self) -> None:
-        """Show each policy the dense gradients, once a step."""
-        if not self._observed:
-            for policy, group in self.groups:
-                policy.observe(group, self.step_count)
-            self._observed = True
-
-    @torch.no_grad()
     def prepare(self) -> None:
         """Before the base optimizer steps: gradients of inactive weights go."""
-        self.observe()
+        self._observe()
         for target in self.targets.values():
             target.before_step()
 
@@ -129,7 +120,6 @@ class Keeper:
                 for target in self.targets.values():
                     target.conceal()
             loss = closure()
-            self._observed = False
             self.prepare()
             return loss
 
@@ -144,14 +134,16 @@ class Keeper:
             if not keeps_zeros:
                 self._zero_inactive_state(target)
         step = self.step_count
-        if any(policy.update_is_due(step) for policy, _ in self.groups):
-            self.update(lambda policy: policy.update_is_due(step))
-        self._tick()
+        try:
+            if any(policy.update_is_due(step) for policy, _ in self.groups):
+                self.update(lambda policy: policy.update_is_due(step))
+        finally:  # the base optimizer has stepped, so the clock moves whatever the masks do
+            self._tick()
 
     @torch.no_grad()
     def update_instead(self) -> None:
         """The step on which masks change in place of the gradient step."""
-        self.observe()
+        self._observe()
         for target in self.targets.values():
             target.check_outside_writes()
         step = self.step_count
@@ -160,40 +152,54 @@ class Keeper:
 
     @torch.no_grad()
     def mask_gradients(self) -> None:
-        """Zero gradients of inactive weights, but for those that are still needed dense."""
-        self.observe()
+        """Zero gradients of inactive weights, but for those that this step needs dense."""
         for policy, group in self.groups:
-            if policy.replaces_step and policy.update_is_due(self.step_count):
-                continue
-            for target in group.targets:
-                target.mask_gradient()
+            if not policy.needs_dense_gradient(self.step_count):
+                for target in group.targets:
+                    target.mask_gradient()
 
     @torch.no_grad()
     def update(self, chosen: Callable[[Policy], bool]) -> None:
-        """Let the chosen policies change their masks, and tell the listeners."""
-        changes = []
-        for policy, group in self.groups:
-            if chosen(policy):
-                group.changes.clear()
+        """Let the chosen policies change their masks, and tell the listeners.
+
+        All policies decide before any mask changes, so that an error changes nothing.
+        """
+        updating = [(policy, group) for policy, group in self.groups if chosen(policy)]
+        random_state = self.generator.get_state()
+        memories = [dict(group.memory) for _, group in updating]
+        try:
+            for policy, group in updating:
                 policy.update_masks(group, self.step_count)
-                changes += group.changes
+        except Exception:
+            self.generator.set_state(random_state)
+            for (_, group), memory in zip(updating, memories, strict=True):
+                group.discard()
+                group.memory.clear()
+                group.memory.update(memory)
+            raise
+        changes = [change for _, group in updating for change in group.commit()]
         if any(change.dropped or change.grown for change in changes):
             base_state.forget_history(self.base)
         if self.tracker.explored is not None:
             self.tracker.explore(self.targets.values())
-        if not self.listeners:
-            return
+        if self.listeners:
+            self._tell(changes)
+
+    def _tell(self, changes: list[LayerChange]) -> None:
         total = sum(target.numel for target in self.targets.values())
         rate = self.tracker.exploration_rate(total)
         event = UpdateEvent(self.step_count, self.sparsity(), rate, tuple(changes))
         for listener in list(self.listeners.values()):
             listener(event)
 
+    def _observe(self) -> None:
+        for policy, group in self.groups:
+            policy.observe(group, self.step_count)
+
     def _tick(self) -> None:
         for policy, group in self.groups:
             dense = policy.needs_dense_gradient(self.step_count)
             self.tracker.count_step(group.targets, dense)
-        self._observed = False
         self.step_count += 1
 
     def sparsity(self) -> float:
@@ -255,4 +261,3 @@ class Keeper:
             group.memory.clear()
             group.memory.update({k: copy_to_device_of(v, group) for k, v in memory.items()})
         self.tracker.load_state_dict(saved["tracker"])
-        self._observed = False

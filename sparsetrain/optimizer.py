@@ -186,8 +186,9 @@ class SparseOptimizer(Optimizer):
     def mask_gradients(self) -> None:
         """Zero gradients of inactive weights now, so that clipping sees the sparse norm.
 
-        Call it between `backward()` and clipping. It leaves gradients alone that are still
-        needed dense: those of latent weights, and on steps where RigL replaces the gradient step.
+        Call it between `backward()` and clipping. It leaves gradients alone that the step still
+        needs dense: those of latent weights, of RigL when an update is due, of SNFS until its
+        last update.
         """
         self._require_live()
         self._keeper.mask_gradients()

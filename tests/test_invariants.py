@@ -166,13 +166,28 @@ def test_nan_gradients_of_inactive_weights_change_nothing(name: str, policy: str
     assert same(weights(clean_model), weights(dirty_model))
 
 
-def test_nan_growth_score_names_the_layer_and_changes_nothing() -> None:
-    model, optimizer = wrap("momentum", "rigl")
-    backward(model, 0)
-    target = optimizer.targets["hidden.weight"]
-    target.param.grad[~target.mask] = float("nan")
+@pytest.mark.parametrize("policy", ["rigl", "snfs"])
+def test_nan_growth_score_names_the_layer_and_changes_nothing(policy: str) -> None:
+    model, optimizer = wrap("momentum", policy)
+    whole_model, whole = wrap("momentum", policy)
+    train(model, optimizer, 0, 1)
+    train(whole_model, whole, 0, 1)
+    backward(model, 1)
+    middle = optimizer.targets["hidden.weight"]  # conv is decided before it
+    middle.param.grad[~middle.mask] = float("nan")
+    memory = {k: v.clone() for _, g in optimizer._keeper.groups for k, v in g.memory.items()}
+    before, masks = weights(model), optimizer.masks()
+    if policy == "snfs":
+        for _, group in optimizer._keeper.groups:
+            group.memory["hidden.weight"][~middle.mask] = float("nan")
     with pytest.raises(ValueError, match=r"hidden\.weight"):
-        optimizer.step()
+        optimizer.update_masks()
+    assert same(weights(model), before) and same(optimizer.masks(), masks)
+    for _, group in optimizer._keeper.groups:
+        group.memory.update(memory)
+    train(model, optimizer, 1, STEPS)
+    train(whole_model, whole, 1, STEPS)
+    assert same(dict(model.named_parameters()), dict(whole_model.named_parameters()))
 
 
 @pytest.mark.parametrize("n, m", [(1, 4), (2, 4), (1, 2)])

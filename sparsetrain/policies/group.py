@@ -1,4 +1,4 @@
-"""What a policy works on: its targets, its memory, its random numbers, its report."""
+"""What a policy works on: its targets, its memory, its random numbers, its plan."""
 
 from __future__ import annotations
 
@@ -20,8 +20,9 @@ class TargetGroup:
     Attributes:
         targets: in model order.
         generator: the optimizer's one random source (CPU).
+        state_of: the base optimizer's state of a parameter.
+        reset_state: (parameter, gone, new) -> None; makes optimizer state fresh at flat indices.
         memory: tensors and numbers the policy keeps between steps; saved in checkpoints.
-        changes: what the current update did, collected for the event.
     """
 
     targets: list[MaskedTarget]
@@ -29,7 +30,7 @@ class TargetGroup:
     state_of: Callable[[Tensor], Mapping[str, Any]]
     reset_state: Callable[[Tensor, Tensor, Tensor], None]
     memory: dict[str, Any] = field(default_factory=dict)
-    changes: list[LayerChange] = field(default_factory=list)
+    _planned: list[Callable[[], LayerChange]] = field(default_factory=list)
 
     def exchange(
         self,
@@ -38,15 +39,29 @@ class TargetGroup:
         grown: Tensor,
         values: Tensor | None = None,
     ) -> None:
-        """Drop and grow connections of a target; optimizer state of both starts afresh."""
-        gone, new = target.exchange(dropped, grown, values)
-        self.reset_state(target.param, gone, new)
-        self.note(target, gone.numel(), new.numel())
+        """Plan to drop and grow connections of a target; optimizer state of both starts afresh."""
+
+        def change() -> LayerChange:
+            gone, new = target.exchange(dropped, grown, values)
+            self.reset_state(target.param, gone, new)
+            return _change_of(target, gone.numel(), new.numel())
+
+        self._planned.append(change)
 
     def replace_mask(self, target: MaskedTarget, mask: Tensor) -> None:
-        """Install a whole mask (for latent weights, whose optimizer state stays dense)."""
-        self.note(target, *target.replace_mask(mask))
+        """Plan a whole new mask (for latent weights, whose optimizer state stays dense)."""
+        self._planned.append(lambda: _change_of(target, *target.replace_mask(mask)))
 
-    def note(self, target: MaskedTarget, dropped: int, grown: int) -> None:
-        """Record what an update did to a target."""
-        self.changes.append(LayerChange(target.name, dropped, grown, target.active, target.numel))
+    def commit(self) -> list[LayerChange]:
+        """Make the planned changes; returns what they did to each layer."""
+        changes = [change() for change in self._planned]
+        self._planned.clear()
+        return changes
+
+    def discard(self) -> None:
+        """Forget the planned changes."""
+        self._planned.clear()
+
+
+def _change_of(target: MaskedTarget, dropped: int, grown: int) -> LayerChange:
+    return LayerChange(target.name, dropped, grown, target.active, target.numel)
