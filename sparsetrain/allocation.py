@@ -183,18 +183,20 @@ def allocate(
     allocation: "Allocation | str | Mapping[str, Any]",
     layers: Sequence[LayerShape],
     sparsity: float | None,
+    limits: Mapping[str, int] | None = None,
 ) -> dict[str, int]:
     """Number of active weights for each layer, in the order of ``layers``.
 
     The total is exactly ``round((1 - sparsity) * numel)``, or the closest reachable number below
-    where quanta forbid it. Layers whose share exceeds their size become dense and the rest is
-    shared again; every layer keeps at least one quantum if the total allows that. Fractions go to
-    the largest remainders, ties to the earlier layer. ``uniform_first_dense`` is exact over the
+    where quanta forbid it. Layers whose share exceeds their size (or their entry in ``limits``)
+    are filled and the rest is shared again; every layer keeps at least one quantum. Fractions go
+    to the largest remainders, ties to the earlier layer. ``uniform_first_dense`` is exact over the
     layers after the first.
 
-    Raises ValueError for a sparsity outside [0, 1), for a sparsity given to (or missing from) an
-    allocation that does (or does not) fix densities itself, for globs without a layer and layers
-    without a glob, and for layers that are empty, repeated or smaller than their quantum.
+    Raises ValueError for a sparsity outside [0, 1) or so high that a layer would be left without a
+    weight, for a sparsity given to (or missing from) an allocation that does (or does not) fix
+    densities itself, for globs without a layer and layers without a glob, and for layers that are
+    empty, repeated or smaller than their quantum.
     """
     allocation = parse_allocation(allocation)
     _check_layers(layers)
@@ -215,17 +217,27 @@ def allocate(
                 f"uniform_first_dense leaves the only layer {first.name!r} dense: use uniform"
             )
         dense = first.numel // first.quantum * first.quantum
-        return {first.name: dense, **_shared(allocation, rest, sparsity)}
-    return _shared(allocation, layers, sparsity)
+        return {first.name: dense, **_shared(allocation, rest, sparsity, limits)}
+    return _shared(allocation, layers, sparsity, limits)
 
 
 def _shared(
-    allocation: Allocation, layers: Sequence[LayerShape], sparsity: float
+    allocation: Allocation,
+    layers: Sequence[LayerShape],
+    sparsity: float,
+    limits: Mapping[str, int] | None,
 ) -> dict[str, int]:
-    total = active_total(sum(layer.numel for layer in layers), sparsity)
+    numel = sum(layer.numel for layer in layers)
+    total, least = active_total(numel, sparsity), sum(layer.quantum for layer in layers)
+    if total < least:
+        raise ValueError(
+            f"sparsity={sparsity} keeps {total} of {numel} weights, which leaves layers such as "
+            f"{layers[0].name!r} empty: {len(layers)} layers need at least {least}, a sparsity of "
+            f"at most {1 - least / numel:.6g}"
+        )
     counts = apportion(
         [allocation.weight(layer) for layer in layers],
-        [layer.numel for layer in layers],
+        [layer.numel if limits is None else limits[layer.name] for layer in layers],
         [layer.quantum for layer in layers],
         total,
     )

@@ -50,16 +50,28 @@ def find_resting(base: Optimizer, group: dict[str, Any], like: Tensor) -> Restin
         with torch.no_grad():
             param.copy_(start)
         try:
-            trial = make(base, {**group, "params": [param]})
-            for gradient in gradients:
-                param.grad = gradient.clone()
-                trial.step()
+            with torch.random.fork_rng(_cuda_devices(param)):
+                trial = make(base, {**group, "params": [param], **_moving(group)})
+                # Without its wrapper the step runs no hooks, neither global ones nor profiling.
+                step = getattr(type(trial).step, "__wrapped__", type(trial).step)
+                for gradient in gradients:
+                    param.grad = gradient.clone()
+                    step(trial)
         except Exception:
             # An optimizer that needs a closure, say, cannot be tried; then nothing is taken for
             # granted and its zeros are restored after every step.
             continue
         return _judge(param, active, trial.state[param])
     return Resting()
+
+
+def _moving(group: dict[str, Any]) -> dict[str, Any]:
+    """A learning rate that moves weights, should a warm-up begin at 0."""
+    return {} if float(group.get("lr", 1.0)) else {"lr": 0.01}
+
+
+def _cuda_devices(tensor: Tensor) -> list[torch.device]:
+    return [tensor.device] if tensor.device.type == "cuda" else []
 
 
 def _copy_of(base: Optimizer, group: dict[str, Any]) -> Optimizer:
@@ -71,6 +83,8 @@ def _copy_of(base: Optimizer, group: dict[str, Any]) -> Optimizer:
 
 def _made_anew(base: Optimizer, group: dict[str, Any]) -> Optimizer:
     """For optimizers that fill their state when they are made (Adagrad in older torch)."""
+    if not type(base).__module__.startswith("torch.optim"):
+        raise TypeError("the constructor of somebody else's optimizer may do anything")
     make: Any = type(base)
     trial: Optimizer = make([group], **base.defaults)
     return trial
@@ -110,10 +124,12 @@ def zero_inactive_state(base: Optimizer, param: Tensor, mask: Tensor) -> None:
 
 
 def forget_history(base: Optimizer) -> None:
-    """Restart optimizers that keep a history of whole updates (lists of vectors, as LBFGS).
+    """Restart optimizers that keep vectors over all parameters together (as LBFGS does).
 
-    Their curvature pairs span weights that a mask change has just removed.
+    Such a history spans weights that a mask change has just removed.
     """
-    for state in base.state.values():
-        if any(isinstance(value, list) for value in state.values()):
+    total = sum(param.numel() for group in base.param_groups for param in group["params"])
+    for param, state in base.state.items():
+        whole = [v for v in state.values() if isinstance(v, Tensor) and v.shape == (total,)]
+        if whole and param.shape != (total,):
             state.clear()

@@ -39,11 +39,15 @@ def describe_target(target: MaskedTarget) -> dict[str, Any]:
     }
 
 
-def check(saved: Any, recipe: Recipe, targets: Mapping[str, MaskedTarget]) -> None:
-    """Refuse a checkpoint that does not belong here, before anything is changed.
+def check(saved: Any, recipe: Recipe, targets: Mapping[str, MaskedTarget], groups: int) -> None:
+    """Refuse a checkpoint that does not belong here or is damaged, before anything is changed.
+
+    Args:
+        groups: number of target groups, each of which has a memory.
 
     Raises:
-        ValueError: it has no masks, or another version, recipe, layer set or shape.
+        ValueError: it has no masks, lacks a part, or is of another version, recipe, layer set or
+            shape.
     """
     if not isinstance(saved, dict):
         raise ValueError(
@@ -52,13 +56,31 @@ def check(saved: Any, recipe: Recipe, targets: Mapping[str, MaskedTarget]) -> No
         )
     if saved.get("version") != VERSION:
         raise ValueError(f"checkpoint version {saved.get('version')} is not {VERSION}")
+    for part, kind in _PARTS.items():
+        if not isinstance(saved.get(part), kind):
+            raise ValueError(f"the checkpoint is damaged: its {part!r} is missing or no {kind}")
+    if saved["step_count"] < 0 or saved["generator"].dtype != torch.uint8:
+        raise ValueError("the checkpoint is damaged: its clock or generator makes no sense")
     _check_recipe(json.loads(saved["recipe"]), recipe.to_dict())
     _check_targets(saved["targets"], targets)
+    if len(saved["memories"]) != groups:
+        raise ValueError(f"the checkpoint has {len(saved['memories'])} target groups, not {groups}")
+
+
+_PARTS: dict[str, type] = {
+    "recipe": str,
+    "step_count": int,
+    "generator": Tensor,
+    "targets": dict,
+    "memories": list,
+    "tracker": dict,
+}
 
 
 def _check_recipe(saved: Any, mine: Any, path: str = "recipe") -> None:
     if isinstance(saved, dict) and isinstance(mine, dict):
-        for key in sorted(set(saved) | set(mine)):
+        # The kind first: fields of different methods say little beside each other.
+        for key in sorted(set(saved) | set(mine), key=lambda key: (key != "kind", key)):
             _check_recipe(saved.get(key), mine.get(key), f"{path}.{key}")
     elif saved != mine:
         raise ValueError(
@@ -79,8 +101,18 @@ def _check_targets(saved: Mapping[str, Any], targets: Mapping[str, MaskedTarget]
                 f"the checkpoint has a mask for {name}, which is no target here"
                 f"{did_you_mean(name, targets)}"
             )
-        if tuple(entry["shape"]) != targets[name].shape:
-            raise ValueError(
-                f"{name} has shape {tuple(entry['shape'])} in the checkpoint and "
-                f"{targets[name].shape} here"
-            )
+        _check_target(name, entry, targets[name])
+
+
+def _check_target(name: str, entry: Mapping[str, Any], target: MaskedTarget) -> None:
+    shape = tuple(entry.get("shape", ()))
+    if shape != target.shape:
+        raise ValueError(f"{name} has shape {shape} in the checkpoint and {target.shape} here")
+    mask = entry.get("mask")
+    bytes_wanted = -(-target.numel // 8)
+    if not isinstance(mask, Tensor) or mask.dtype != torch.uint8 or mask.numel() != bytes_wanted:
+        raise ValueError(f"the checkpoint is damaged: the mask of {name} is not {bytes_wanted} B")
+    for key, mine in target.extra_state().items():
+        value = entry.get(key)
+        if not isinstance(value, Tensor) or value.shape != mine.shape:
+            raise ValueError(f"the checkpoint is damaged: the {key} weight of {name} is not whole")

@@ -13,7 +13,7 @@ from pydantic.json_schema import JsonSchemaValue
 class Config(BaseModel):
     """Data that cannot change after it was checked, and that refuses unknown fields."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 KindedT = TypeVar("KindedT", bound="Kinded")
@@ -48,7 +48,7 @@ class Kinded(Config):
         if not isinstance(value, dict):
             return value
         kind = value.get("kind")
-        if kind not in cls.members:
+        if not isinstance(kind, str) or kind not in cls.members:
             known = ", ".join(sorted(cls.members))
             if kind is None:
                 raise ValueError(f"a {cls.family} needs a field 'kind', one of: {known}")

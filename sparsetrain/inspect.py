@@ -166,17 +166,24 @@ def _read_torch(path: Path) -> Any:
         ) from error
 
 
-def _tensors(value: Any, name: str, everything: bool) -> Iterator[tuple[str, Tensor]]:
+def _tensors(
+    value: Any, name: str, everything: bool, around: tuple[int, ...] = ()
+) -> Iterator[tuple[str, Tensor]]:
+    """Tensors at any depth; `around` are the ids of the containers that hold `value`."""
     if isinstance(value, Tensor):
         yield name or "tensor", value
-    elif isinstance(value, Mapping):
+        return
+    if id(value) in around:
+        return
+    around = (*around, id(value))
+    if isinstance(value, Mapping):
         if value.keys() >= _OPTIMIZER_KEYS and not everything:
             return
         for key, inner in value.items():
-            yield from _tensors(inner, f"{name}.{key}" if name else str(key), everything)
+            yield from _tensors(inner, f"{name}.{key}" if name else str(key), everything, around)
     elif isinstance(value, (list, tuple)):
         for index, inner in enumerate(value):
-            yield from _tensors(inner, f"{name}.{index}" if name else str(index), everything)
+            yield from _tensors(inner, f"{name}.{index}" if name else str(index), everything, around)
 
 
 def _is_weight(tensor: Tensor) -> bool:

@@ -112,13 +112,24 @@ class Keeper:
         for target in self.targets.values():
             target.before_step()
 
+    def conceal(self) -> None:
+        """Latent weights go back behind the masked ones."""
+        with torch.no_grad():
+            for target in self.targets.values():
+                target.conceal()
+
+    def show_masked(self) -> None:
+        """Before a forward pass inside a step: masked weights, whatever was written to them."""
+        self.conceal()
+        with torch.no_grad():
+            for target in self.targets.values():
+                target.check_outside_writes()
+
     def guard(self, closure: Callable[[], Any]) -> Callable[[], Any]:
         """The closure with masked weights before it and masked gradients after it."""
 
         def guarded() -> Any:
-            with torch.no_grad():
-                for target in self.targets.values():
-                    target.conceal()
+            self.show_masked()
             loss = closure()
             self.prepare()
             return loss
@@ -133,12 +144,16 @@ class Keeper:
             target.after_step(keeps_zeros)
             if not keeps_zeros:
                 self._zero_inactive_state(target)
-        step = self.step_count
+        self._count_step()
         try:
-            if any(policy.update_is_due(step) for policy, _ in self.groups):
-                self.update(lambda policy: policy.update_is_due(step))
+            if any(policy.update_is_due(self.step_count) for policy, _ in self.groups):
+                changes = self._change_masks(self._is_due)
+            else:
+                changes = None
         finally:  # the base optimizer has stepped, so the clock moves whatever the masks do
-            self._tick()
+            self.step_count += 1
+        if changes is not None:
+            self._tell(self.step_count - 1, changes)
 
     @torch.no_grad()
     def update_instead(self) -> None:
@@ -146,9 +161,9 @@ class Keeper:
         self._observe()
         for target in self.targets.values():
             target.check_outside_writes()
-        step = self.step_count
-        self.update(lambda policy: policy.update_is_due(step))
-        self._tick()
+        changes = self._change_masks(self._is_due, self._count_step)
+        self.step_count += 1
+        self._tell(self.step_count - 1, changes)
 
     @torch.no_grad()
     def mask_gradients(self) -> None:
@@ -159,11 +174,19 @@ class Keeper:
                     target.mask_gradient()
 
     @torch.no_grad()
-    def update(self, chosen: Callable[[Policy], bool]) -> None:
-        """Let the chosen policies change their masks, and tell the listeners.
+    def update(self) -> None:
+        """Let all policies change their masks now, and tell the listeners."""
+        for target in self.targets.values():
+            target.check_outside_writes()
+        self._tell(self.step_count, self._change_masks(lambda policy: True))
 
-        All policies decide before any mask changes, so that an error changes nothing.
-        """
+    def _is_due(self, policy: Policy) -> bool:
+        return policy.update_is_due(self.step_count)
+
+    def _change_masks(
+        self, chosen: Callable[[Policy], bool], before_changes: Callable[[], None] | None = None
+    ) -> list[LayerChange]:
+        """All chosen policies decide before any mask changes, so that an error changes nothing."""
         updating = [(policy, group) for policy, group in self.groups if chosen(policy)]
         random_state = self.generator.get_state()
         memories = [dict(group.memory) for _, group in updating]
@@ -177,30 +200,34 @@ class Keeper:
                 group.memory.clear()
                 group.memory.update(memory)
             raise
+        if before_changes is not None:
+            before_changes()
         changes = [change for _, group in updating for change in group.commit()]
         if any(change.dropped or change.grown for change in changes):
             base_state.forget_history(self.base)
         if self.tracker.explored is not None:
             self.tracker.explore(self.targets.values())
-        if self.listeners:
-            self._tell(changes)
+        return changes
 
-    def _tell(self, changes: list[LayerChange]) -> None:
+    def _tell(self, step: int, changes: list[LayerChange]) -> None:
+        if not self.listeners:
+            return
         total = sum(target.numel for target in self.targets.values())
         rate = self.tracker.exploration_rate(total)
-        event = UpdateEvent(self.step_count, self.sparsity(), rate, tuple(changes))
+        event = UpdateEvent(step, self.sparsity(), rate, tuple(changes))
         for listener in list(self.listeners.values()):
             listener(event)
 
     def _observe(self) -> None:
         for policy, group in self.groups:
+            for target in group.targets:
+                target.check_gradient()
             policy.observe(group, self.step_count)
 
-    def _tick(self) -> None:
+    def _count_step(self) -> None:
         for policy, group in self.groups:
             dense = policy.needs_dense_gradient(self.step_count)
             self.tracker.count_step(group.targets, dense)
-        self.step_count += 1
 
     def sparsity(self) -> float:
         """Share of zeros over all targets together, in [0, 1]."""

@@ -43,6 +43,7 @@ class SparseOptimizer(Optimizer):
     _keeper: Keeper
     _finalized: bool
     _stepping: bool
+    _depth: int  # of base.step() calls within one another, as a subclass makes through super()
 
     def __init__(
         self,
@@ -64,7 +65,13 @@ class SparseOptimizer(Optimizer):
             )
         # Optimizer.__init__ would make param groups of our own; its __setstate__ does the rest.
         super().__setstate__(
-            {"base": optimizer, "_keeper": keeper, "_finalized": False, "_stepping": False}
+            {
+                "base": optimizer,
+                "_keeper": keeper,
+                "_finalized": False,
+                "_stepping": False,
+                "_depth": 0,
+            }
         )
         self._attach()
 
@@ -93,9 +100,17 @@ class SparseOptimizer(Optimizer):
         """Add a group to the wrapped optimizer; weights the recipe speaks of become sparse.
 
         The policy allocates its density among the new weights alone.
+
+        Raises:
+            ValueError: the recipe does not fit the new weights; the group is then not added.
         """
+        self._require_live()
         self.base.add_param_group(param_group)
-        self._keeper.adopt_waiting()
+        try:
+            self._keeper.adopt_waiting()
+        except Exception:
+            self.base.param_groups.pop()
+            raise
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One training step: gradient step and mask update, as the policies ask.
@@ -109,9 +124,12 @@ class SparseOptimizer(Optimizer):
         # Gradients are masked after every other pre-hook, weights before every other post-hook.
         cast(Hooks, self.base._optimizer_step_pre_hooks).move_to_end(self._pre.id)
         cast(Hooks, self.base._optimizer_step_post_hooks).move_to_end(self._post.id, last=False)
-        self._stepping = True
+        self._stepping, self._depth = True, 0
         try:
             return self.base.step() if closure is None else self.base.step(closure)
+        except BaseException:
+            self._keeper.conceal()
+            raise
         finally:
             self._stepping = False
 
@@ -152,8 +170,8 @@ class SparseOptimizer(Optimizer):
         """How dense a weight is and was, for FLOPs.
 
         Returns:
-            Density now, mean density over the steps so far, and the share of steps on which its
-            dense gradient was needed. A weight that is no target is dense throughout.
+            Density now; mean density over the steps so far; mean share, over the same steps, of
+            weights that were inactive but took a gradient. What is no target is dense throughout.
         """
         if name not in self.targets:
             return 1.0, 1.0, 0.0
@@ -175,7 +193,7 @@ class SparseOptimizer(Optimizer):
     def update_masks(self) -> None:
         """Update the masks of every policy now, with the gradients that are there."""
         self._require_live()
-        self._keeper.update(lambda policy: True)
+        self._keeper.update()
 
     @torch.no_grad()
     def apply_masks(self) -> None:
@@ -204,10 +222,15 @@ class SparseOptimizer(Optimizer):
     # Checkpoints.
 
     def state_dict(self) -> dict[str, Any]:
-        """The base optimizer's state dict plus the key "sparsetrain"; loads with weights_only."""
+        """The base optimizer's state dict plus the key "sparsetrain"; loads with weights_only.
+
+        After `finalize` it is the base optimizer's alone.
+        """
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
-        state = {**self.base.state_dict(), checkpoint.KEY: self._keeper.state_dict()}
+        state = self.base.state_dict()
+        if not self._finalized:
+            state = {**state, checkpoint.KEY: self._keeper.state_dict()}
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             changed = post_hook(self, state)
             state = state if changed is None else changed
@@ -227,11 +250,17 @@ class SparseOptimizer(Optimizer):
             changed = pre_hook(self, state)
             state = state if changed is None else changed
         saved = state.pop(checkpoint.KEY, None)
-        checkpoint.check(saved, self.recipe, self.targets)
+        checkpoint.check(saved, self.recipe, self.targets, len(self._keeper.groups))
         self.base.load_state_dict(state)
         self._keeper.load_state_dict(saved)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
+
+    def __copy__(self) -> SparseOptimizer:
+        """Refused: two wrappers cannot share one optimizer."""
+        raise TypeError(
+            "a shallow copy would share the wrapped optimizer: use copy.deepcopy of both"
+        )
 
     # Copying and pickling: hooks are left out, as torch does, and ours are put back.
 
@@ -241,7 +270,7 @@ class SparseOptimizer(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Inverse of `__getstate__`."""
-        super().__setstate__(state | {"_stepping": False})
+        super().__setstate__(state | {"_stepping": False, "_depth": 0})
         if not self._finalized:
             self._attach()
 
@@ -256,6 +285,9 @@ class SparseOptimizer(Optimizer):
             raise RuntimeError(
                 "call step() of the SparseOptimizer, not of the optimizer that it wraps"
             )
+        self._depth += 1
+        if self._depth > 1:
+            return None
         closure = args[1] if len(args) > 1 else None
         if closure is None:
             self._keeper.prepare()
@@ -263,12 +295,15 @@ class SparseOptimizer(Optimizer):
         return (args[0], self._keeper.guard(closure)), kwargs
 
     def _after_base_step(self, base: Optimizer, args: Any, kwargs: dict[str, Any]) -> None:
-        self._keeper.after_step()
+        self._depth -= 1
+        if self._depth == 0:
+            self._keeper.after_step()
 
     def _update_instead(self, closure: Callable[[], Any] | None) -> Any:
         """A step on which masks change in place of the gradient step (RigL, Algorithm 1)."""
         loss = None
         if closure is not None:
+            self._keeper.show_masked()
             with torch.enable_grad():
                 loss = closure()
         self._keeper.update_instead()

@@ -18,6 +18,22 @@ from sparsetrain.policies import Policy, PolicyField
 from sparsetrain.targets import Candidate, Selector, find_candidates, known_names
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML where 1e-3 is a number, as everywhere but in YAML 1.1."""
+
+
+class _Dumper(yaml.SafeDumper):
+    """Puts names into quotes that `_Loader` would read as numbers."""
+
+
+for _class in (_Loader, _Dumper):
+    _class.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
+        list("-+.0123456789"),
+    )
+
+
 class Rule(Config):
     """What happens to the tensors that a pattern names. Exactly one selector, one action.
 
@@ -72,8 +88,18 @@ class Recipe(Config):
     def _has_a_policy(self) -> Recipe:
         if self.policy is None and all(rule.policy is None for rule in self.rules):
             raise ValueError("a recipe needs a 'policy', or a rule with one")
-        if self.policy is None and any(rule.sparsity is not None for rule in self.rules):
-            raise ValueError("a rule with 'sparsity' changes the recipe's 'policy', which is empty")
+        for number, rule in enumerate(self.rules):
+            if rule.sparsity is None:
+                continue
+            if self.policy is None:
+                raise ValueError(
+                    f"rule {number} ({rule}): its 'sparsity' changes the recipe's 'policy', which "
+                    "is empty"
+                )
+            try:
+                self.policy.with_sparsity(rule.sparsity)
+            except ValueError as error:
+                raise ValueError(f"rule {number} ({rule}): {error}") from error
         return self
 
     @classmethod
@@ -118,11 +144,14 @@ class Recipe(Config):
 
     @classmethod
     def from_text(cls, text: str, *, source: str = "recipe") -> Recipe:
-        """Parse YAML or JSON text (JSON is YAML); `source` names it in errors."""
+        """Parse YAML or JSON text; `source` names it in errors."""
         try:
-            data = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise ValueError(f"{source} is not valid YAML or JSON: {error}") from error
+            data = json.loads(text)
+        except json.JSONDecodeError:
+            try:
+                data = yaml.load(text, _Loader)
+            except yaml.YAMLError as error:
+                raise ValueError(f"{source} is not valid YAML or JSON: {error}") from error
         if not isinstance(data, dict):
             raise ValueError(f"{source} must hold a mapping with 'policy' and 'rules'")
         try:
@@ -138,7 +167,7 @@ class Recipe(Config):
 
     def to_yaml(self) -> str:
         """The recipe as YAML."""
-        return yaml.safe_dump(self.to_dict(), sort_keys=False)
+        return yaml.dump(self.to_dict(), Dumper=_Dumper, sort_keys=False)
 
     def to_json(self) -> str:
         """The recipe as JSON."""
@@ -162,42 +191,56 @@ def assign(model: nn.Module, recipe: Recipe) -> list[Assignment]:
     """Resolve a recipe on a model, without touching either.
 
     Raises:
-        ValueError: a rule matches nothing, or nothing is left to make sparse.
+        ValueError: a rule matches nothing, or a rule or the policy gets nothing to make sparse.
     """
     candidates = find_candidates(model)
-    claims = _claims(candidates, recipe.rules)
+    matched = [_matches(number, rule, candidates) for number, rule in enumerate(recipe.rules)]
+    claims: dict[int, int] = {}
+    for number, found in enumerate(matched):
+        for candidate in found:
+            claims.setdefault(id(candidate.param), number)
     assignments = []
     if recipe.policy is not None:
         free = [c for c in candidates if c.is_default and id(c.param) not in claims]
+        if not free and all(rule.sparsity is None for rule in recipe.rules):
+            raise ValueError(_nothing_left(recipe.policy, candidates))
         assignments.append(Assignment(recipe.policy, free))
     for number, rule in enumerate(recipe.rules):
-        mine = [c for c in candidates if claims.get(id(c.param)) == number]
+        mine = [c for c in matched[number] if claims[id(c.param)] == number]
+        if not mine:
+            raise ValueError(
+                f"rule {number} ({rule}) does nothing: earlier rules claim all that it matches; "
+                "move it up or take it out"
+            )
         policy = _policy_of(rule, recipe)
         if policy is not None:
-            assignments.append(Assignment(policy, _sparse_matches(rule, mine)))
-    assignments = [a for a in assignments if a.candidates]
+            chosen = _sparse_among(number, rule, matched[number], mine)
+            assignments.append(Assignment(policy, chosen))
+    assignments = [assignment for assignment in assignments if assignment.candidates]
     if not assignments:
-        raise ValueError(
-            "the recipe makes nothing sparse: the model has no Linear or Conv weight that its "
-            "policy or rules could hold"
-        )
+        raise ValueError("the recipe makes nothing sparse: no rule has a 'sparsity' or 'policy'")
     return assignments
 
 
-def _claims(candidates: list[Candidate], rules: tuple[Rule, ...]) -> dict[int, int]:
-    """Parameter id -> number of the first rule that matches it."""
-    claims: dict[int, int] = {}
-    for number, rule in enumerate(rules):
-        matched = [c for c in candidates if rule.selector.matches(c)]
-        if not matched:
-            pattern = rule.match or rule.regex or rule.module_type or ""
-            raise ValueError(
-                f"rule {number} ({rule}) matches no tensor of the model"
-                f"{did_you_mean(pattern, known_names(candidates))}"
-            )
-        for candidate in matched:
-            claims.setdefault(id(candidate.param), number)
-    return claims
+def _nothing_left(policy: Policy, candidates: list[Candidate]) -> str:
+    weights = [c.name for c in candidates if c.is_weight]
+    if not weights:
+        why = "the model has no Linear or Conv weight"
+    elif all(not c.param.requires_grad for c in candidates if c.is_weight):
+        why = "all Linear and Conv weights are frozen (requires_grad is False)"
+    else:
+        why = f"rules claim all Linear and Conv weights ({', '.join(weights[:3])}, ...)"
+    return f"the recipe's policy {policy.kind!r} makes nothing sparse: {why}"
+
+
+def _matches(number: int, rule: Rule, candidates: list[Candidate]) -> list[Candidate]:
+    found = [c for c in candidates if rule.selector.matches(c)]
+    if not found:
+        pattern = rule.match or rule.regex or rule.module_type or ""
+        names = known_names(candidates)
+        hint = did_you_mean(pattern, names) or f" (its names are like {', '.join(names[:3])})"
+        raise ValueError(f"rule {number} ({rule}) matches no tensor of the model{hint}")
+    return found
 
 
 def _policy_of(rule: Rule, recipe: Recipe) -> Policy | None:
@@ -208,13 +251,22 @@ def _policy_of(rule: Rule, recipe: Recipe) -> Policy | None:
     return None
 
 
-def _sparse_matches(rule: Rule, mine: list[Candidate]) -> list[Candidate]:
-    chosen = [c for c in mine if c.is_default]
+def _sparse_among(
+    number: int, rule: Rule, matched: list[Candidate], mine: list[Candidate]
+) -> list[Candidate]:
+    """The tensors that a rule makes sparse among those that it claims."""
+    if any(c.is_weight for c in matched):
+        chosen = [c for c in mine if c.is_weight]
+        if not chosen:
+            raise ValueError(
+                f"rule {number} ({rule}) makes nothing sparse: earlier rules claim the weights "
+                "that it matches; move it up or take it out"
+            )
+        return chosen
+    chosen = [c for c in mine if c.can_be_sparse]
     if not chosen:
-        chosen = [c for c in mine if c.param.dim() >= 2 and c.param.is_floating_point()]
-    if mine and not chosen:
         raise ValueError(
-            f"rule ({rule}) names only tensors with fewer than two dimensions ({mine[0].name}); "
-            "biases and norm weights cannot be made sparse"
+            f"rule {number} ({rule}) names only tensors such as {mine[0].name}: biases and norm "
+            "weights cannot be made sparse"
         )
     return chosen

@@ -7,9 +7,18 @@ drop fraction and learning-rate-like quantities alike.
 
 import math
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StrictFloat, StrictInt, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StrictFloat,
+    StrictInt,
+    model_validator,
+)
 
 ScheduleShape = Literal["constant", "linear", "cosine", "cubic", "cyclic"]
 
@@ -40,9 +49,9 @@ class UpdateSchedule(BaseModel):
                     f"stop={self.stop}: as a fraction of total_steps it must lie in (0, 1]; "
                     "write an integer for a step"
                 )
-        elif self.stop is not None and self.stop < self.start:
+        elif self.stop is not None and self.stop <= self.start:
             raise ValueError(
-                f"stop={self.stop} lies before start={self.start}: no update would ever happen"
+                f"stop={self.stop} is not after start={self.start}: no update would ever happen"
             )
         return self
 
@@ -52,8 +61,8 @@ class UpdateSchedule(BaseModel):
         ``default`` stands in for a ``stop`` that is None (same meaning of int and float); a
         default fraction without ``total_steps`` means that updates never stop.
 
-        Raises ValueError when the stop lies beyond ``total_steps`` or before ``start``, and when
-        ``stop`` is a fraction but ``total_steps`` is not known.
+        Raises ValueError when the stop lies beyond ``total_steps`` or leaves no step after
+        ``start``, and when ``stop`` is a fraction but ``total_steps`` is not known.
         """
         stop = default if self.stop is None else self.stop
         if isinstance(stop, float):
@@ -69,10 +78,10 @@ class UpdateSchedule(BaseModel):
                 f"stop={stop} lies beyond total_steps={total_steps}: lower stop, or give it as a "
                 "fraction such as 0.75"
             )
-        if stop < self.start:
+        if stop <= self.start:
             raise ValueError(
-                f"updates start at step {self.start} but stop at step {stop}: lower start or "
-                "raise stop"
+                f"updates start at step {self.start} but stop before step {stop}, so none would "
+                "ever happen: lower start or raise stop"
             )
         return stop
 
@@ -158,3 +167,36 @@ def as_schedule(
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ValueError(f"{value!r} is not a schedule: give a number, a mapping or a Schedule")
     return Schedule(shape=shape, initial=value, final=final)
+
+
+def _within_0_and_1(schedule: Schedule) -> Schedule:
+    for end, value in (("initial", schedule.initial), ("final", schedule.final)):
+        if not 0.0 <= value <= 1.0:
+            raise ValueError(f"{end} value {value} is not a share in [0, 1]")
+    return schedule
+
+
+def _every_step(value: Any) -> Any:
+    return {"every": 1, **value} if isinstance(value, Mapping) else value
+
+
+EveryStepSchedule = Annotated[
+    UpdateSchedule, BeforeValidator(_every_step, json_schema_input_type=UpdateSchedule)
+]
+"""Annotation for the `update` of a policy whose masks change at every step unless told."""
+
+_SCHEDULE_INPUT: Any = float | Schedule
+
+CosineFraction = Annotated[
+    Schedule,
+    BeforeValidator(lambda v: as_schedule(v, "cosine"), json_schema_input_type=_SCHEDULE_INPUT),
+    AfterValidator(_within_0_and_1),
+]
+"""Annotation for a field that takes a share in [0, 1]; a number decays to 0 as a cosine."""
+
+ConstantFraction = Annotated[
+    Schedule,
+    BeforeValidator(lambda v: as_schedule(v, "constant"), json_schema_input_type=_SCHEDULE_INPUT),
+    AfterValidator(_within_0_and_1),
+]
+"""Annotation for a field that takes a share in [0, 1]; a number stays as it is."""

@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from sparsetrain._comparable import check_count, check_finite, comparable, in_layer
 from sparsetrain.structures import NM, Structure, Unstructured
 
 Array = NDArray[Any]
@@ -112,11 +113,11 @@ def select(scores: Tensor, k: int, structure: Structure | None = None, *, name: 
     structure.check(shape, name)
     if isinstance(structure, Unstructured):
         return top_k(scores, k, name=name)
-    _check_k(k, scores.numel(), name)
+    check_count(k, scores.numel(), name)
     quantum, fixed = structure.quantum(shape), structure.fixed_count(shape)
     if k % quantum or (fixed is not None and k != fixed):
         allowed = f"exactly {fixed}" if fixed is not None else f"a multiple of {quantum}"
-        raise ValueError(f"{_layer(name)}k={k} must be {allowed} for {structure!r}")
+        raise ValueError(f"{in_layer(name)}k={k} must be {allowed} for {structure!r}")
     units = structure.units(scores)
     per_group = k * units.shape[1] // scores.numel()
     return structure.expand(group_top_k(units, per_group, name=name), shape)
@@ -135,11 +136,11 @@ def group_top_k(units: Tensor, k: int, *, name: str = "") -> Tensor:
     Ties within a row go to the lower column. Raises ValueError as :func:`top_k`.
     """
     groups, size = units.shape
-    _check_k(k, size, name)
+    check_count(k, size, name)
     if groups == 1:
         return top_k(units, k, name=name)
-    values = _comparable(units)
-    _check_finite(values, name)
+    values = comparable(units)
+    check_finite(values, name)
     if k in (0, size):
         return torch.full(units.shape, k == size, device=units.device)
     if size <= 8:
@@ -183,10 +184,11 @@ def _indices(scores: Tensor, k: int, name: str, *, largest: bool) -> Tensor:
 
 def _masks(scores: Mapping[str, Tensor], k: int, *, largest: bool) -> dict[str, Tensor]:
     """Masks of the ``k`` best over all tensors together."""
-    _check_k(k, sum(values.numel() for values in scores.values()), next(iter(scores), ""))
-    flat = {name: _comparable(values).reshape(-1) for name, values in scores.items()}
+    name = next(iter(scores)) if len(scores) == 1 else ""
+    check_count(k, sum(values.numel() for values in scores.values()), name)
+    flat = {name: comparable(values).reshape(-1) for name, values in scores.items()}
     for name, values in flat.items():
-        _check_finite(values, name)
+        check_finite(values, name)
     dtype = torch.float64 if any(v.dtype == torch.float64 for v in flat.values()) else None
     parts = [values.to(dtype) if dtype else values for values in flat.values()]
     if k == 0:
@@ -299,33 +301,3 @@ def _best_on_device(parts: Sequence[Tensor], k: int, largest: bool) -> list[Tens
     ties = torch.nonzero(values == threshold).squeeze(1)
     strict[ties[: k - int(torch.count_nonzero(strict))]] = True
     return list(torch.split_with_sizes(strict, [part.numel() for part in parts]))
-
-
-def _comparable(scores: Tensor) -> Tensor:
-    scores = scores.detach()
-    if scores.is_complex():
-        raise ValueError("complex scores have no order: take their absolute value")
-    if not scores.is_floating_point():
-        return scores.double()
-    return scores if scores.dtype in (torch.float32, torch.float64) else scores.float()
-
-
-def _check_finite(values: Tensor, name: str) -> None:
-    # A finite sum proves every term finite; an overflowing one proves nothing.
-    if torch.isfinite(values.sum()):
-        return
-    bad = int(torch.count_nonzero(~torch.isfinite(values)))
-    if bad:
-        raise ValueError(
-            f"{_layer(name)}{bad} of {values.numel()} scores are NaN or infinite; look for a "
-            "diverged loss or an overflow before the masks are updated"
-        )
-
-
-def _check_k(k: int, numel: int, name: str) -> None:
-    if not 0 <= k <= numel:
-        raise ValueError(f"{_layer(name)}cannot select k={k} of {numel} scores")
-
-
-def _layer(name: str) -> str:
-    return f"layer {name!r}: " if name else ""

@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from sparsetrain._comparable import check_count, check_none_bad, comparable, in_layer
+
 SumCounts = Callable[[Tensor], Tensor]
 """Adds an int64 CPU tensor over all processes (such as an all-reduce) and returns the sum."""
 
@@ -59,6 +61,7 @@ def top_k_shards(
     if k == 0:
         return [torch.zeros_like(shard, dtype=torch.bool) for shard in local]
     threshold, above = _radix_select(codes, k, sum_counts)
+    codes = codes[: len(local)]  # a process without shards has taken part with an empty one
     ties = torch.zeros(total_shards, dtype=torch.int64)
     for i, code in enumerate(codes):
         ties[first_shard + i] = torch.count_nonzero(code == threshold)
@@ -81,7 +84,7 @@ def radix_threshold(
     Arguments and errors as in :func:`top_k_shards`.
     """
     if k < 1:
-        raise ValueError(f"{_layer(name)}the threshold of k={k} scores is not defined: k >= 1")
+        raise ValueError(f"{in_layer(name)}the threshold of k={k} scores is not defined: k >= 1")
     codes = _agreed_codes(local, k, sum_counts, name)
     threshold, _ = _radix_select(codes, k, sum_counts)
     return _decode(threshold, codes[0].dtype)
@@ -91,18 +94,13 @@ def _agreed_codes(
     local: Sequence[Tensor], k: int, sum_counts: SumCounts, name: str
 ) -> list[Tensor]:
     """Integer images of the shards, after all processes agreed on dtype, number and validity."""
-    flat = [_comparable(shard) for shard in local]
+    flat = [comparable(shard).reshape(-1) for shard in local]
     bad = sum(int(torch.count_nonzero(~torch.isfinite(shard))) for shard in flat)
     numel = sum(shard.numel() for shard in flat)
     double = any(shard.dtype == torch.float64 for shard in flat)
     bad, numel, double = sum_counts(torch.tensor([bad, numel, int(double)])).tolist()
-    if bad:
-        raise ValueError(
-            f"{_layer(name)}{bad} of {numel} scores are NaN or infinite; look for a diverged loss "
-            "or an overflow before the masks are updated"
-        )
-    if not 0 <= k <= numel:
-        raise ValueError(f"{_layer(name)}cannot select k={k} of {numel} scores")
+    check_none_bad(bad, numel, name)
+    check_count(k, numel, name)
     dtype = torch.float64 if double else torch.float32
     codes = [_encode(shard.to(dtype)) for shard in flat]
     # A process without shards still takes part in every sum.
@@ -149,14 +147,3 @@ def _decode(code: int, dtype: torch.dtype) -> float:
     bits = code ^ torch.iinfo(dtype).max if code < 0 else code
     floating = torch.float32 if dtype == torch.int32 else torch.float64
     return float(torch.tensor(bits, dtype=dtype).view(floating))
-
-
-def _comparable(scores: Tensor) -> Tensor:
-    scores = scores.detach().reshape(-1)
-    if not scores.is_floating_point():
-        return scores.double()
-    return scores if scores.dtype in (torch.float32, torch.float64) else scores.float()
-
-
-def _layer(name: str) -> str:
-    return f"layer {name!r}: " if name else ""

@@ -79,9 +79,33 @@ class Candidate:
     is_embedding: bool = False
 
     @property
-    def is_default(self) -> bool:
+    def can_be_sparse(self) -> bool:
+        """Whether masks can be held on it at all: two dimensions or more, real, not a bias."""
+        leaf = self.name.rpartition(".")[2]
+        # Floats of one byte have no arithmetic: they are stored, not trained.
+        trains = self.param.is_floating_point() and self.param.element_size() > 1
+        return trains and self.param.dim() >= 2 and not leaf.startswith("bias")
+
+    @property
+    def is_weight(self) -> bool:
         """Whether the field makes such a tensor sparse: Linear and Conv weights, nothing else."""
-        return self.is_product and not self.is_embedding and self.param.dim() >= 2
+        return self.is_product and not self.is_embedding and self.can_be_sparse
+
+    @property
+    def is_default(self) -> bool:
+        """Whether it is made sparse without being asked for: weights that are not frozen."""
+        return self.is_weight and self.param.requires_grad
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model within `torch.compile` and data-parallel wrappers, whose names are the user's."""
+    while True:
+        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            model = model.module
+        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
+            model = inner
+        else:
+            return model
 
 
 def find_candidates(model: nn.Module) -> list[Candidate]:
@@ -90,6 +114,7 @@ def find_candidates(model: nn.Module) -> list[Candidate]:
     Raises:
         ValueError: a parameter is not initialised yet (lazy modules).
     """
+    model = unwrapped(model)
     found: dict[int, Candidate] = {}
     for module_name, module in model.named_modules(remove_duplicate=False):
         for leaf, param in module._parameters.items():

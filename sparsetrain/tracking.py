@@ -13,31 +13,38 @@ from sparsetrain.storage.masked import MaskedTarget
 
 
 class Tracker:
-    """Counts active-weight-steps a layer and, if asked, which weights were ever active.
+    """Counts what each layer's zeros saved and, if asked, which weights were ever active.
 
-    The first costs one addition a layer a step. The second costs one bit a weight and is
+    The first costs an addition or two a layer a step. The second costs one bit a weight and is
     switched on by the first listener.
+
+    Attributes:
+        idle: layer -> inactive weights, summed over the steps.
+        idle_with_gradient: the same over the steps that took the dense gradient all the same.
+        explored: layer -> bits of the weights that were ever active, or None.
     """
 
     def __init__(self) -> None:
-        self.weight_steps: dict[str, int] = {}
-        self.dense_steps: dict[str, int] = {}
+        self.idle: dict[str, int] = {}
+        self.idle_with_gradient: dict[str, int] = {}
         self.explored: dict[str, torch.Tensor] | None = None
 
     def count_step(self, targets: Iterable[MaskedTarget], dense_gradient: bool) -> None:
-        """Add one training step: active weights, and whether it took the dense gradient."""
+        """Add one training step: inactive weights, and whether it took the dense gradient."""
         for target in targets:
-            name = target.name
-            self.weight_steps[name] = self.weight_steps.get(name, 0) + target.active
-            self.dense_steps[name] = self.dense_steps.get(name, 0) + dense_gradient
+            name, idle = target.name, target.numel - target.active
+            self.idle[name] = self.idle.get(name, 0) + idle
+            if dense_gradient:
+                self.idle_with_gradient[name] = self.idle_with_gradient.get(name, 0) + idle
 
     def history(self, target: MaskedTarget, steps: int) -> tuple[float, float]:
-        """Mean density over the steps so far, and the share of them with a dense gradient."""
+        """Mean density over the steps so far, and the mean share of weights that were inactive but
+        took a gradient. A weight counts as dense before it became a target."""
         if steps == 0:
             return target.density, 0.0
-        name = target.name
-        mean = self.weight_steps.get(name, 0) / (steps * target.numel)
-        return mean, self.dense_steps.get(name, 0) / steps
+        name, weight_steps = target.name, steps * target.numel
+        mean = 1.0 - self.idle.get(name, 0) / weight_steps
+        return mean, self.idle_with_gradient.get(name, 0) / weight_steps
 
     def explore(self, targets: Iterable[MaskedTarget]) -> None:
         """Take the active weights into the ever-active set (begins it at the first call)."""
@@ -58,14 +65,16 @@ class Tracker:
     def state_dict(self) -> dict[str, Any]:
         """Plain numbers and tensors for the checkpoint."""
         return {
-            "weight_steps": dict(self.weight_steps),
-            "dense_steps": dict(self.dense_steps),
+            "idle": dict(self.idle),
+            "idle_with_gradient": dict(self.idle_with_gradient),
             "explored": None if self.explored is None else dict(self.explored),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Inverse of `state_dict`."""
-        self.weight_steps = dict(state["weight_steps"])
-        self.dense_steps = dict(state["dense_steps"])
-        explored = state["explored"]
-        self.explored = None if explored is None else {k: v.clone() for k, v in explored.items()}
+        """Inverse of `state_dict`; what is not followed in the saved run begins anew."""
+        self.idle = dict(state["idle"])
+        self.idle_with_gradient = dict(state["idle_with_gradient"])
+        if (explored := state["explored"]) is not None:
+            self.explored = {name: bits.clone() for name, bits in explored.items()}
+        elif self.explored is not None:
+            self.explored = {}

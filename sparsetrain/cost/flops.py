@@ -94,9 +94,9 @@ def training_flops(optimizer: SparseOptimizer, model: nn.Module, inputs: Any) ->
     report = flops(model, inputs)
     now, done = 0.0, 0.0
     for name, dense in report.layers.items():
-        density, mean, dense_share = optimizer.density_history(name)
+        density, mean, idle_with_gradient = optimizer.density_history(name)
         now += dense * density
-        done += dense * (3 * mean + dense_share * (1 - mean))
+        done += dense * (3 * mean + idle_with_gradient)
     return TrainingFlops(
         dense_inference=report.total,
         inference_multiple=now / report.total,

@@ -20,7 +20,7 @@ from sparsetrain.policies.group import TargetGroup
 from sparsetrain.schedules import UpdateSchedule
 from sparsetrain.scores import Score
 from sparsetrain.selection import select, top_k_across
-from sparsetrain.structures import StructureField, Unstructured
+from sparsetrain.structures import NM, StructureField, Unstructured
 
 
 class Policy(Kinded):
@@ -57,10 +57,22 @@ class Policy(Kinded):
             )
         if self._needs_sparsity() and self.sparsity is None:
             raise ValueError("'sparsity' is missing: the share of zeros, in [0, 1)")
+        if isinstance(self.allocation, Global) and not isinstance(self.structure, Unstructured):
+            raise ValueError("allocation 'global' ranks single weights: leave 'structure' out")
+        self._n_m_sets_the_sparsity()
         return self
 
+    def _n_m_sets_the_sparsity(self) -> None:
+        if isinstance(self.structure, NM) and self.sparsity is not None:
+            n, m = self.structure.n, self.structure.m
+            if abs(self.sparsity - (1 - n / m)) > 1e-9:
+                raise ValueError(
+                    f"structure {n}:{m} has sparsity {1 - n / m:.4g}, not {self.sparsity}: leave "
+                    "'sparsity' out or make both agree"
+                )
+
     def _needs_sparsity(self) -> bool:
-        return not self.allocation.fixes_density
+        return not (self.allocation.fixes_density or isinstance(self.structure, NM))
 
     def with_sparsity(self, sparsity: float) -> Policy:
         """The same policy asked for another sparsity."""
@@ -78,6 +90,8 @@ class Policy(Kinded):
     def counts(self, group: TargetGroup) -> dict[str, int]:
         """Active weights that each target should have."""
         shapes = self.layer_shapes(group)
+        if isinstance(self.structure, NM):
+            return {layer.name: self.structure.fixed_count(layer.shape) for layer in shapes}
         return allocate(self.allocation, shapes, self.sparsity)
 
     def target_densities(self, group: TargetGroup) -> dict[str, float]:

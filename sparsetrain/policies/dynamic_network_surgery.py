@@ -8,10 +8,11 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from sparsetrain.allocation import Global
 from sparsetrain.policies.base import DynamicPolicy
 from sparsetrain.policies.engine import is_unstructured
 from sparsetrain.policies.group import TargetGroup
-from sparsetrain.schedules import UpdateSchedule
+from sparsetrain.schedules import EveryStepSchedule, UpdateSchedule
 from sparsetrain.selection import top_k
 from sparsetrain.storage.latent import LatentTarget
 
@@ -39,7 +40,7 @@ class DynamicNetworkSurgery(DynamicPolicy):
     margin: float = Field(0.1, ge=0, lt=1, description="half width of the hysteresis around t")
     gamma: float = Field(1e-4, ge=0, description="decay of the update probability per step")
     power: float = Field(1.0, ge=0, description="exponent of that decay")
-    update: UpdateSchedule = Field(
+    update: EveryStepSchedule = Field(
         default_factory=lambda: UpdateSchedule(every=1),
         description="when masks may change (steps); training before `start` is dense",
     )
@@ -48,6 +49,8 @@ class DynamicNetworkSurgery(DynamicPolicy):
     def _one_threshold(self) -> DynamicNetworkSurgery:
         if self.c_rate is not None and (self.sparsity is not None or self.allocation.fixes_density):
             raise ValueError("give either 'sparsity' (or densities) or 'c_rate', not both")
+        if isinstance(self.allocation, Global):
+            raise ValueError("surgery decides layer by layer: choose another 'allocation'")
         if not is_unstructured(self.structure):
             raise ValueError("surgery decides weight by weight: leave 'structure' out")
         return self
@@ -61,6 +64,8 @@ class DynamicNetworkSurgery(DynamicPolicy):
 
     def initial_masks(self, group: TargetGroup) -> dict[str, Tensor]:
         """Dense: surgery begins with its first update."""
+        if self.c_rate is None:
+            self.counts(group)  # the sparsity has to be reachable; better told now than then
         return {t.name: torch.ones_like(t.mask) for t in group.targets}
 
     def update_masks(self, group: TargetGroup, step: int) -> None:

@@ -90,17 +90,18 @@ def drop_and_grow(
     group: TargetGroup,
     target: MaskedTarget,
     fraction: float,
+    active: Tensor,
     drop_scores: Tensor,
     grower: Grower,
 ) -> None:
     """Replace `int(fraction * active)` connections of an unstructured target.
 
     Args:
+        active: flat indices of the active weights, shape [active], ascending.
         drop_scores: importance of the active weights, shape [active]; the smallest are dropped.
         grower: chooses where to grow.
     """
     count = int(target.active * fraction)
-    active = target.active_indices()
     dropped, kept = drop_smallest(drop_scores, active, count, target.name)
     group.exchange(target, dropped, grower(kept, count))
 

@@ -55,10 +55,14 @@ class Gradual(DynamicPolicy):
 
     def initial_masks(self, group: TargetGroup) -> dict[str, Tensor]:
         """The weights of largest magnitude at `initial_sparsity` (all of them when it is 0)."""
+        self.counts(group)  # the end has to be reachable; better told now than then
         counts = self._counts_at(group, self.initial_sparsity)
+        magnitudes = {t.name: t.param.detach().abs() for t in group.targets}
+        if isinstance(self.allocation, Global):
+            return top_k_across(magnitudes, sum(counts.values()))
         return {
-            t.name: select(t.param.detach().abs(), counts[t.name], self.structure, name=t.name)
-            for t in group.targets
+            name: select(values, counts[name], self.structure, name=name)
+            for name, values in magnitudes.items()
         }
 
     def last_update(self) -> int:
@@ -75,20 +79,22 @@ class Gradual(DynamicPolicy):
 
     def update_masks(self, group: TargetGroup, step: int) -> None:
         """Drop the least important active weights down to the curve's counts."""
-        counts = self._counts_at(group, self.sparsity_at(step))
+        current = {t.name: t.active for t in group.targets}
+        counts = self._counts_at(group, self.sparsity_at(step), current)
         scores = {
             t.name: self.score.of(t.name, t.param, group.state_of(t.param), group.generator)
             for t in group.targets
         }
-        if isinstance(self.allocation, Global) and is_unstructured(self.structure):
+        if isinstance(self.allocation, Global):
             self._drop_across(group, scores, sum(counts.values()))
             return
-        counts = never_rising({t.name: t.active for t in group.targets}, counts)
         for target in group.targets:
             self._drop_to(group, target, scores[target.name], counts[target.name])
 
-    def _counts_at(self, group: TargetGroup, sparsity: float) -> dict[str, int]:
-        return allocate(self.allocation, self.layer_shapes(group), sparsity)
+    def _counts_at(
+        self, group: TargetGroup, sparsity: float, limits: dict[str, int] | None = None
+    ) -> dict[str, int]:
+        return allocate(self.allocation, self.layer_shapes(group), sparsity, limits)
 
     def _drop_to(
         self, group: TargetGroup, target: MaskedTarget, scores: Tensor, count: int
@@ -112,14 +118,3 @@ class Gradual(DynamicPolicy):
         for target in group.targets:
             gone = active[target.name][~keep[target.name]]
             group.exchange(target, gone, _EMPTY.to(gone.device))
-
-
-def never_rising(current: dict[str, int], wanted: dict[str, int]) -> dict[str, int]:
-    """`wanted` with no count above `current`, the total kept (rounding can lift one by a unit)."""
-    counts = {name: min(count, current[name]) for name, count in wanted.items()}
-    excess = sum(wanted.values()) - sum(counts.values())
-    for name in counts:
-        lift = min(excess, current[name] - counts[name])
-        counts[name] += lift
-        excess -= lift
-    return counts

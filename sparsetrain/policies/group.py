@@ -32,6 +32,20 @@ class TargetGroup:
     memory: dict[str, Any] = field(default_factory=dict)
     _planned: list[Callable[[], LayerChange]] = field(default_factory=list)
 
+    def with_gradients(self, kind: str) -> list[MaskedTarget]:
+        """The targets that got a gradient; a layer that the step did not use has none.
+
+        Raises:
+            ValueError: no target has one.
+        """
+        found = [target for target in self.targets if target.param.grad is not None]
+        if not found:
+            raise ValueError(
+                f"policy {kind!r} needs the gradient of {self.targets[0].name}: call backward() "
+                "before the update"
+            )
+        return found
+
     def exchange(
         self,
         target: MaskedTarget,

@@ -8,9 +8,10 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from sparsetrain.allocation import ErdosRenyiKernel
 from sparsetrain.policies.base import Policy
 from sparsetrain.policies.group import TargetGroup
-from sparsetrain.schedules import UpdateSchedule
+from sparsetrain.schedules import EveryStepSchedule, UpdateSchedule
 from sparsetrain.selection import n_m_mask
 from sparsetrain.storage.latent import LatentTarget
 from sparsetrain.structures import NM
@@ -31,7 +32,7 @@ class NMSparse(Policy):
     n: int = Field(2, ge=1, description="non-zeros kept in a group")
     m: int = Field(4, ge=2, description="weights in a group")
     decay: float = Field(2e-4, ge=0, description="pull of pruned latent weights towards 0")
-    update: UpdateSchedule = Field(
+    update: EveryStepSchedule = Field(
         default_factory=lambda: UpdateSchedule(every=1), description="when masks change (steps)"
     )
     total_steps: int | None = Field(None, ge=1, description="optimizer steps in the whole run")
@@ -44,8 +45,9 @@ class NMSparse(Policy):
             return data
         m = data.get("m", 4)
         sparsity = data.get("sparsity")
-        if not isinstance(m, int) or not isinstance(sparsity, (int, float)):
+        if sparsity is None or not isinstance(m, int):
             return data
+        sparsity = float(sparsity)
         n = round((1 - sparsity) * m)
         if not 0 < n <= m or abs(n / m - (1 - sparsity)) > 1e-9:
             choices = ", ".join(f"{1 - k / m:.4g}" for k in range(m, 0, -1))
@@ -58,6 +60,9 @@ class NMSparse(Policy):
     def _structure_is_n_m(self) -> NMSparse:
         if self.n > self.m:
             raise ValueError(f"n={self.n} is larger than m={self.m}")
+        self.update.stop_step(self.total_steps, 1.0)
+        if self.allocation != ErdosRenyiKernel():
+            raise ValueError("n:m fixes the density of every layer: leave 'allocation' out")
         if self.structure.kind != "unstructured":
             raise ValueError("NMSparse is its own structure: leave 'structure' out")
         return self

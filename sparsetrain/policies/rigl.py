@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import Field
 
 from sparsetrain.policies.base import DynamicPolicy
 from sparsetrain.policies.engine import (
@@ -14,12 +14,8 @@ from sparsetrain.policies.engine import (
     is_unstructured,
 )
 from sparsetrain.policies.group import TargetGroup
-from sparsetrain.schedules import Schedule, as_schedule
+from sparsetrain.schedules import CosineFraction, as_schedule
 from sparsetrain.scores.base import gradient_of
-
-
-def _cosine(value: Any) -> Schedule:
-    return as_schedule(value, "cosine")
 
 
 class RigL(DynamicPolicy):
@@ -34,9 +30,8 @@ class RigL(DynamicPolicy):
     replaces_step: ClassVar[bool] = True
     dense_gradient: ClassVar[Literal["never", "updates", "always"]] = "updates"
 
-    drop_fraction: Annotated[Schedule, BeforeValidator(_cosine)] = Field(
-        default_factory=lambda: _cosine(0.3),
-        validate_default=True,
+    drop_fraction: CosineFraction = Field(
+        default_factory=lambda: as_schedule(0.3, "cosine"),
         description="share of active weights replaced at an update, in [0, 1]; a number is "
         "alpha, decaying to 0 as a cosine",
     )
@@ -44,12 +39,13 @@ class RigL(DynamicPolicy):
     def update_masks(self, group: TargetGroup, step: int) -> None:
         """Drop by magnitude, grow by gradient."""
         fraction = self.drop_fraction.at(self.progress(step))
-        for target in group.targets:
+        for target in group.with_gradients(self.kind):
             gradient = gradient_of(target.name, target.param, self.kind).abs()
             if is_unstructured(self.structure):
-                values = target.active_values(target.active_indices())
+                active = target.active_indices()
+                magnitude = target.active_values(active).abs_()
                 grower = grow_by_score(gradient, target.name)
-                drop_and_grow(group, target, fraction, values.abs_(), grower)
+                drop_and_grow(group, target, fraction, active, magnitude, grower)
             else:
                 magnitude = target.param.detach().abs()
                 drop_and_grow_units(group, target, fraction, magnitude, gradient, self.structure)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
-from pydantic import BeforeValidator, Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from sparsetrain.policies.base import DynamicPolicy
@@ -17,13 +17,9 @@ from sparsetrain.policies.engine import (
     split,
 )
 from sparsetrain.policies.group import TargetGroup
-from sparsetrain.schedules import Schedule, as_schedule
+from sparsetrain.schedules import ConstantFraction, as_schedule
 from sparsetrain.selection import bottom_k_indices
 from sparsetrain.storage.masked import MaskedTarget
-
-
-def _constant(value: Any) -> Schedule:
-    return as_schedule(value, "constant")
 
 
 class SET(DynamicPolicy):
@@ -37,9 +33,8 @@ class SET(DynamicPolicy):
     kind: Literal["set"] = "set"
     default_stop: ClassVar[float] = 1.0
 
-    drop_fraction: Annotated[Schedule, BeforeValidator(_constant)] = Field(
-        default_factory=lambda: _constant(0.3),
-        validate_default=True,
+    drop_fraction: ConstantFraction = Field(
+        default_factory=lambda: as_schedule(0.3, "constant"),
         description="share of active weights replaced at an update, in [0, 1] (zeta); a number "
         "is constant over training",
     )
@@ -52,6 +47,14 @@ class SET(DynamicPolicy):
         0.0, ge=0, description="standard deviation of new weights; 0 starts them at exactly 0"
     )
 
+    @model_validator(mode="after")
+    def _structure_drops_by_magnitude(self) -> SET:
+        if not is_unstructured(self.structure) and (self.drop != "magnitude" or self.grow_std):
+            raise ValueError(
+                "'drop' by sign and 'grow_std' are for single weights: leave 'structure' out"
+            )
+        return self
+
     def update_masks(self, group: TargetGroup, step: int) -> None:
         """Drop by magnitude, grow at random."""
         fraction = self.drop_fraction.at(self.progress(step))
@@ -61,9 +64,10 @@ class SET(DynamicPolicy):
                 wish = torch.rand(target.shape, generator=group.generator).to(magnitude.device)
                 drop_and_grow_units(group, target, fraction, magnitude, wish, self.structure)
             elif self.drop == "magnitude" and self.grow_std == 0:
-                values = target.active_values(target.active_indices())
+                active = target.active_indices()
+                magnitude = target.active_values(active).abs_()
                 grower = grow_randomly(target.numel, group.generator)
-                drop_and_grow(group, target, fraction, values.abs(), grower)
+                drop_and_grow(group, target, fraction, active, magnitude, grower)
             else:
                 self._evolve(group, target, fraction)
 

@@ -2,40 +2,40 @@
 
 from __future__ import annotations
 
+import math
 from fractions import Fraction
-from typing import Annotated, Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from sparsetrain._apportion import apportion
 from sparsetrain.policies.base import DynamicPolicy
 from sparsetrain.policies.engine import drop_smallest, grow_by_score, is_unstructured
 from sparsetrain.policies.group import TargetGroup
-from sparsetrain.schedules import Schedule, as_schedule
+from sparsetrain.schedules import CosineFraction, as_schedule
 from sparsetrain.scores.base import gradient_of
+from sparsetrain.storage.masked import MaskedTarget
 
-
-def _cosine(value: Any) -> Schedule:
-    return as_schedule(value, "cosine")
+#: Layers with fewer zeros than this drop at most their share of zeros while they grow.
+_NEARLY_DENSE = 0.2
 
 
 class SNFS(DynamicPolicy):
     """Sparse networks from scratch: sparse momentum (Dettmers & Zettlemoyer 2019, Algorithm 2).
 
     Each layer drops the same share of its smallest weights; the freed connections go to layers
-    in proportion to the mean momentum magnitude of their weights, and grow where the momentum of
-    inactive weights is largest. The momentum is this policy's own running mean of the dense
-    gradient, 4 bytes a weight, because the base optimizer's holds only active weights.
+    in proportion to the mean momentum magnitude of their active weights, and grow where the
+    momentum of inactive weights is largest. The momentum is this policy's own running mean of the
+    dense gradient, 4 bytes a weight, because the base optimizer's holds only active weights.
     """
 
     kind: Literal["snfs"] = "snfs"
     dense_gradient: ClassVar[Literal["never", "updates", "always"]] = "always"
 
-    drop_fraction: Annotated[Schedule, BeforeValidator(_cosine)] = Field(
-        default_factory=lambda: _cosine(0.5),
-        validate_default=True,
+    drop_fraction: CosineFraction = Field(
+        default_factory=lambda: as_schedule(0.5, "cosine"),
         description="share of active weights replaced at an update, in [0, 1]; a number decays "
         "to 0 as a cosine",
     )
@@ -51,6 +51,10 @@ class SNFS(DynamicPolicy):
         """Until the last update; the momentum is not followed any longer."""
         return step < self.stop_step()
 
+    def target_densities(self, group: TargetGroup) -> dict[str, float]:
+        """None: momentum decides which layer gets how many."""
+        return {}
+
     def observe(self, group: TargetGroup, step: int) -> None:
         """Follow the dense gradient while updates are still to come."""
         if step >= self.stop_step():
@@ -59,54 +63,72 @@ class SNFS(DynamicPolicy):
         for target in group.targets:
             if target.param.grad is None:
                 continue
-            gradient = target.param.grad.detach()
+            # A NaN of one batch would stay in the running mean for good.
+            gradient = torch.nan_to_num(target.param.grad.detach(), 0.0, 0.0, 0.0)
             mean = group.memory.get(target.name)
             if mean is None:
-                group.memory[target.name] = gradient * (1 - self.momentum)
-            else:
-                mean.lerp_(gradient, 1 - self.momentum)
+                mean = torch.zeros_like(gradient)
+            group.memory[target.name] = mean.to(gradient.dtype).lerp_(gradient, 1 - self.momentum)
 
     def update_masks(self, group: TargetGroup, step: int) -> None:
         """Drop everywhere, then grow where momentum is large."""
         fraction = self.drop_fraction.at(self.progress(step))
-        momenta = {t.name: self._momentum_of(t.name, t.param, group) for t in group.targets}
+        targets = [target for target in group.targets if target.name in group.memory]
+        if not targets:
+            targets = group.with_gradients(self.kind)  # no step yet: the gradient that is there
+        momenta = {t.name: self._momentum_of(t, group) for t in targets}
+        claims = _claims(targets, momenta)
         dropped, kept = {}, {}
-        for target in group.targets:
+        for target in targets:
             active = target.active_indices()
             magnitude = target.active_values(active).abs_()
-            count = int(fraction * target.active)
+            count = _drop_count(target, fraction, claims)
             dropped[target.name], kept[target.name] = drop_smallest(
                 magnitude, active, count, target.name
             )
-        growth = _redistribute(group, momenta, kept)
-        for target in group.targets:
+        room = {t.name: t.numel - kept[t.name].numel() for t in targets}
+        growth = _redistribute(claims, room, sum(d.numel() for d in dropped.values()))
+        for target in targets:
             name = target.name
             grown = grow_by_score(momenta[name], name)(kept[name], growth[name])
             group.exchange(target, dropped[name], grown)
 
-    def _momentum_of(self, name: str, param: torch.nn.Parameter, group: TargetGroup) -> Tensor:
-        if name not in group.memory:
-            return gradient_of(name, param, self.kind).abs()
-        momentum: Tensor = group.memory[name]
-        return momentum.abs()
+    def _momentum_of(self, target: MaskedTarget, group: TargetGroup) -> Tensor:
+        """|m|, a copy, of the weight's shape."""
+        mean: Tensor | None = group.memory.get(target.name)
+        if mean is None:
+            mean = gradient_of(target.name, target.param, self.kind)
+        return mean.abs()
 
 
-def _redistribute(
-    group: TargetGroup, momenta: dict[str, Tensor], kept: dict[str, Tensor]
-) -> dict[str, int]:
-    """New connections for each layer, by the mean momentum magnitude of its kept weights."""
-    total = sum(t.active - kept[t.name].numel() for t in group.targets)
-    room = {t.name: t.numel - kept[t.name].numel() for t in group.targets}
-    means = {name: _mean_at(momenta[name], kept[name], name) for name, free in room.items() if free}
+def _claims(targets: list[MaskedTarget], momenta: dict[str, Tensor]) -> dict[str, float]:
+    """Share of the growth for each layer: its mean momentum magnitude over active weights."""
+    means = {}
+    for target in targets:
+        active = momenta[target.name].reshape(-1)[target.active_indices()]
+        mean = float(active.double().mean()) if active.numel() else 0.0
+        if not mean < math.inf:
+            raise ValueError(f"the momentum of {target.name} is NaN or infinite")
+        means[target.name] = mean
+    total = sum(means.values())
+    return {name: mean / total if total else 1 / len(means) for name, mean in means.items()}
+
+
+def _drop_count(target: MaskedTarget, fraction: float, claims: dict[str, float]) -> int:
+    """Connections that a layer drops, rounded up as in the authors' code.
+
+    A nearly dense layer that claims more than an equal share would only regrow what it drops.
+    """
+    zeros = 1 - target.density
+    if zeros < _NEARLY_DENSE and claims[target.name] > 1 / len(claims):
+        fraction = min(fraction, zeros)
+    return min(math.ceil(fraction * target.active), target.active)
+
+
+def _redistribute(claims: dict[str, float], room: dict[str, int], total: int) -> dict[str, int]:
+    """`total` new connections shared by the layers' claims, none above its room."""
+    names = [name for name, free in room.items() if free]
     # A layer without any momentum still has a tiny claim, for when the others are full.
-    smallest = max(means.values(), default=0.0) * 1e-9 or 1.0
-    shares = [Fraction(max(mean, smallest)) for mean in means.values()]
-    growth = apportion(shares, [room[name] for name in means], [1] * len(means), total)
-    return dict.fromkeys(room, 0) | dict(zip(means, growth, strict=True))
-
-
-def _mean_at(momentum: Tensor, kept: Tensor, name: str) -> float:
-    mean = float(momentum.reshape(-1)[kept].double().mean()) if kept.numel() else 0.0
-    if not mean < float("inf"):
-        raise ValueError(f"the momentum of {name} is NaN or infinite: check its gradients")
-    return mean
+    shares = [Fraction(max(claims[name], 1e-9)) for name in names]
+    growth = apportion(shares, [room[name] for name in names], [1] * len(names), total)
+    return dict.fromkeys(room, 0) | dict(zip(names, growth, strict=True))

@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from sparsetrain.optimizer import SparseOptimizer
 
 
+_ORIGINAL = -1  # birth of the weights that were there before the first step
+
+
 @dataclass(frozen=True)
 class AgeRecord:
     """After the mask update at `step`: the mean age of the active weights, in steps, and the share
@@ -34,7 +37,7 @@ class MaskAges:
         self._optimizer = optimizer
         self._masks = optimizer.masks()
         self._births = {
-            name: torch.zeros(mask.shape, dtype=torch.int32, device=mask.device)
+            name: torch.full(mask.shape, _ORIGINAL, dtype=torch.int32, device=mask.device)
             for name, mask in self._masks.items()
         }
         self.records: list[AgeRecord] = []
@@ -64,8 +67,8 @@ class MaskAges:
             births[mask & ~self._masks[name]] = event.step
             self._masks[name] = mask
             kept = births[mask]
-            total += int((event.step - kept).sum(dtype=torch.int64))
+            total += int((event.step - kept.clamp(min=0)).sum(dtype=torch.int64))
             active += kept.numel()
-            original += int(torch.count_nonzero(kept == 0))
+            original += int(torch.count_nonzero(kept == _ORIGINAL))
         share = max(active, 1)
         self.records.append(AgeRecord(event.step, total / share, original / share))

@@ -27,6 +27,16 @@ def write_run_page(folder: Path) -> Path:
     if settings is None or not metrics:
         problem = "no run: run.json is missing" if settings is None else "a run without an epoch"
         raise ValueError(f"{folder} holds {problem}; `sparsetrain train --out` makes one")
+    try:
+        return _write(folder, settings, metrics)
+    except (KeyError, TypeError) as error:
+        raise ValueError(
+            f"the files in {folder} are not those of a run by this version: {error!r} is missing "
+            "or of another kind"
+        ) from error
+
+
+def _write(folder: Path, settings: dict[str, Any], metrics: list[dict[str, Any]]) -> Path:
     summary = _read_json(folder / "summary.json")
     events = [event_from(line) for line in _read_lines(folder / "events.jsonl")]
     ages = [AgeRecord(**line) for line in _read_lines(folder / "ages.jsonl")]

@@ -61,6 +61,20 @@ def _multiply(bits: np.ndarray, keep: np.ndarray) -> None:
         job.result()
 
 
+def is_set_at(tensor: Tensor, index: tuple[int, ...]) -> bool:
+    """Whether one entry of a CPU tensor is not 0."""
+    tensor = tensor.detach()
+    if tensor.dtype == torch.bfloat16:
+        tensor = tensor.view(torch.int16)
+    return bool(tensor.numpy()[index] != 0)
+
+
+def first_unset(mask: Tensor) -> tuple[int, ...]:
+    """Index of the first False of a CPU mask that has one."""
+    values = mask.numpy()
+    return tuple(int(i) for i in np.unravel_index(values.argmin(), values.shape))
+
+
 def read_flat(tensor: Tensor, indices: Tensor) -> Tensor:
     """Values of `tensor` at flat (row-major) `indices`, whatever its memory layout."""
     if tensor.is_contiguous():

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from sparsetrain.storage.kernels import keep_where_, read_flat, write_flat_
+from sparsetrain.storage.kernels import first_unset, is_set_at, keep_where_, read_flat, write_flat_
 from sparsetrain.targets import SparseTarget
 
 
@@ -20,6 +20,7 @@ class MaskedTarget(SparseTarget):
         self._mask = torch.ones(param.shape, dtype=torch.bool, device=param.device)
         self.active = param.numel()
         self._seen_version = -1
+        self._sample = (0,) * param.dim()
         self._original: Tensor | None = None
 
     @property
@@ -88,14 +89,17 @@ class MaskedTarget(SparseTarget):
     def mask_gradient(self) -> None:
         """Set the gradient to 0 where inactive (also where it is NaN or infinite)."""
         grad = self.param.grad
-        if grad is None:
-            return
-        if grad.is_sparse:
+        if grad is not None:
+            keep_where_(grad, self._mask)
+
+    def check_gradient(self) -> None:
+        """Refuse a gradient that is not held densely."""
+        grad = self.param.grad
+        if grad is not None and grad.layout != torch.strided:
             raise ValueError(
                 f"{self.name} has a sparse-layout gradient; build its layer with sparse=False "
                 "or keep it dense with a rule"
             )
-        keep_where_(grad, self._mask)
 
     def mask_weight(self) -> None:
         """Set the weight to 0 where inactive."""
@@ -113,8 +117,21 @@ class MaskedTarget(SparseTarget):
         if self._mask.device != self.param.device:
             self._mask = self._mask.to(self.param.device)
         # Loading a state dict, for one, writes dense weights behind our back.
-        if self.param._version != self._seen_version:
+        if self.param._version != self._seen_version or self._sample_is_set():
             self.mask_weight()
+
+    def _sample_is_set(self) -> bool:
+        """Whether one inactive weight, looked at as a sample, is not 0.
+
+        Writes through `.data` are not counted by torch, and a pass over all weights is dear.
+        """
+        if self.active == self.numel:
+            return False
+        if self._mask.device.type != "cpu":
+            return True  # there a look costs more than a pass
+        if is_set_at(self._mask, self._sample):
+            self._sample = first_unset(self._mask)
+        return is_set_at(self.param, self._sample)
 
     def after_step(self, keeps_zeros: bool) -> None:
         """Leave exact zeros behind; free when the base optimizer keeps them itself."""
@@ -131,8 +148,11 @@ class MaskedTarget(SparseTarget):
 
     def restore(self, mask: Tensor, state: dict[str, Any]) -> None:
         """Take the mask and the extra state of a checkpoint."""
-        if self._original is not None and self.param._version == self._seen_version:
-            self.param.detach().copy_(self._original)
+        if self._original is not None:
+            weight = self.param.detach()
+            # Unless a checkpoint was written over it since.
+            if torch.equal(weight, torch.where(self._mask, self._original, 0.0)):
+                weight.copy_(self._original)
         self._original = None
         self._mask = mask.to(self.param.device)
         self.active = int(mask.sum())
