@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pickle
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -179,11 +179,13 @@ def _tensors(
     if isinstance(value, Mapping):
         if value.keys() >= _OPTIMIZER_KEYS and not everything:
             return
-        for key, inner in value.items():
-            yield from _tensors(inner, f"{name}.{key}" if name else str(key), everything, around)
+        items: Iterable[tuple[Any, Any]] = value.items()
     elif isinstance(value, (list, tuple)):
-        for index, inner in enumerate(value):
-            yield from _tensors(inner, f"{name}.{index}" if name else str(index), everything, around)
+        items = enumerate(value)
+    else:
+        return
+    for key, inner in items:
+        yield from _tensors(inner, f"{name}.{key}" if name else str(key), everything, around)
 
 
 def _is_weight(tensor: Tensor) -> bool:

@@ -7,13 +7,13 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import yaml
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, TypeAdapter, field_validator, model_validator
 from torch import nn
 
-from sparsetrain.config import Config, did_you_mean
+from sparsetrain.config import AnyKind, Config, did_you_mean
 from sparsetrain.policies import Policy, PolicyField
 from sparsetrain.targets import Candidate, Selector, find_candidates, known_names
 
@@ -175,8 +175,9 @@ class Recipe(Config):
 
     @classmethod
     def json_schema(cls) -> dict[str, Any]:
-        """JSON schema of a recipe file, for editors and validators."""
-        return cls.model_json_schema()
+        """JSON schema of a recipe file, or of a policy alone, for editors and validators."""
+        either: Any = cls | Annotated[Policy, AnyKind(Policy)]
+        return TypeAdapter(either).json_schema()
 
 
 @dataclass

@@ -185,7 +185,15 @@ EveryStepSchedule = Annotated[
 ]
 """Annotation for the `update` of a policy whose masks change at every step unless told."""
 
-_SCHEDULE_INPUT: Any = float | Schedule
+
+class _ShortSchedule(Schedule):
+    """What a mapping may leave out; for the JSON schema."""
+
+    shape: ScheduleShape = Field(default="cosine", description="The curve.")
+    final: float = Field(default=0.0, allow_inf_nan=False, description="Value at progress 1.")
+
+
+_SCHEDULE_INPUT: Any = float | _ShortSchedule
 
 CosineFraction = Annotated[
     Schedule,

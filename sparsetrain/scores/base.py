@@ -48,5 +48,5 @@ def gradient_of(name: str, param: Parameter, score: str) -> Tensor:
 
 ScoreField = Annotated[
     SerializeAsAny[Score],
-    BeforeValidator(Score.build, json_schema_input_type=Annotated[Score, AnyKind(Score)]),
+    BeforeValidator(Score.build, json_schema_input_type=Annotated[Score, AnyKind(Score)] | str),
 ]
