@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sparsetrain._comparable import check_count, check_finite, comparable, in_layer
+from sparsetrain._threads import pieces, share_out
 from sparsetrain.structures import NM, Structure, Unstructured
 
 Array = NDArray[Any]
@@ -176,10 +177,36 @@ def _row_threshold(values: Tensor, k: int) -> Tensor:
 
 
 def _indices(scores: Tensor, k: int, name: str, *, largest: bool) -> Tensor:
+    if scores.device.type == "cpu" and scores.numel() > _SMALL and 0 < k <= scores.numel():
+        values = comparable(scores).reshape(-1)
+        check_finite(values, name)
+        found = _few_best(values.numpy(), k, largest)
+        if found is not None:
+            return torch.from_numpy(found)
     mask = _masks({name: scores}, k, largest=largest)[name].reshape(-1)
-    if mask.device.type == "cpu" and 4 * k > mask.numel():
-        return torch.from_numpy(np.flatnonzero(mask.numpy()))
     return torch.nonzero(mask).squeeze(1)
+
+
+def _few_best(values: Array, k: int, largest: bool) -> Array | None:
+    """Ascending indices of the `k` best by one pass over the values, or None if the guess failed.
+
+    What is not worse than the guess is kept with its index, and only among that is selected.
+    """
+    _, guess, _ = _bracket([values], k, values.size, largest)
+    _, at_least = _comparisons(largest)
+
+    def good_ones(part: slice) -> Array:
+        starts = range(part.start, part.stop, _CHUNK)
+        found = [
+            np.flatnonzero(at_least(values[start : min(start + _CHUNK, part.stop)], guess)) + start
+            for start in starts
+        ]
+        return np.concatenate(found)
+
+    good = np.concatenate(share_out(good_ones, pieces(values.size, values.size)))
+    if not k <= good.size <= values.size // 2:
+        return None
+    return good[_best([values[good]], k, largest)[0]]
 
 
 def _masks(scores: Mapping[str, Tensor], k: int, *, largest: bool) -> dict[str, Tensor]:

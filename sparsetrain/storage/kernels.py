@@ -2,29 +2,13 @@
 
 from __future__ import annotations
 
-import os
-from concurrent.futures import ThreadPoolExecutor
-from itertools import pairwise
-
 import numpy as np
 import torch
 from torch import Tensor
 
+from sparsetrain._threads import pieces, share_out
+
 _INTEGER_OF_SIZE = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-# Below this many elements handing half of the work to a second thread costs more than it saves.
-_PARALLEL_FROM = 1 << 19
-
-_pool: ThreadPoolExecutor | None = None
-
-
-def _forget_pool() -> None:
-    global _pool
-    _pool = None
-
-
-# A forked child inherits the pool object but not its threads.
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget_pool)
 
 
 def keep_where_(tensor: Tensor, mask: Tensor) -> None:
@@ -45,20 +29,11 @@ def keep_where_(tensor: Tensor, mask: Tensor) -> None:
 
 
 def _multiply(bits: np.ndarray, keep: np.ndarray) -> None:
-    threads = min(torch.get_num_threads(), 8)
-    rows = bits.shape[0] if bits.ndim else 0
-    if bits.size < _PARALLEL_FROM or threads == 1 or rows < threads:
+    if bits.ndim == 0:
         np.multiply(bits, keep, out=bits)
         return
-    global _pool
-    if _pool is None:
-        _pool = ThreadPoolExecutor(max_workers=7, thread_name_prefix="sparsetrain")
-    cuts = [rows * i // threads for i in range(threads + 1)]
-    parts = [slice(a, b) for a, b in pairwise(cuts)]
-    waiting = [_pool.submit(np.multiply, bits[part], keep[part], bits[part]) for part in parts[1:]]
-    np.multiply(bits[parts[0]], keep[parts[0]], out=bits[parts[0]])
-    for job in waiting:
-        job.result()
+    parts = pieces(bits.shape[0], bits.size)
+    share_out(lambda part: np.multiply(bits[part], keep[part], out=bits[part]), parts)
 
 
 def is_set_at(tensor: Tensor, index: tuple[int, ...]) -> bool:

@@ -8,7 +8,13 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from sparsetrain.storage.kernels import first_unset, is_set_at, keep_where_, read_flat, write_flat_
+from sparsetrain.storage.kernels import (
+    first_unset,
+    is_set_at,
+    keep_where_,
+    read_flat,
+    write_flat_,
+)
 from sparsetrain.targets import SparseTarget
 
 
