@@ -283,3 +283,19 @@ def test_the_way_of_other_devices_agrees(kind: str, number: int, seed: int, data
     for largest in (True, False):
         masks = selection._best_on_device(parts, k, largest)
         assert all(map(torch.equal, masks, best(parts, k, largest)))
+
+
+@pytest.mark.parametrize("largest", [True, False])
+def test_two_threads_select_what_one_does(largest: bool) -> None:
+    scores = torch.randint(0, 10**5, (1 << 20,), generator=torch.Generator().manual_seed(0)).float()
+    choose = top_k_indices if largest else bottom_k_indices
+    one = choose(scores, 30_000)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        two = choose(scores, 30_000)
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(one, two)
+    order = torch.sort(scores, descending=largest, stable=True).indices[:30_000]
+    assert torch.equal(one, order.sort().values)

@@ -49,10 +49,8 @@ def _rigl(sparsity: float, total_steps: int) -> st.Policy:
 
 
 def _snfs(sparsity: float, total_steps: int) -> st.Policy:
-    # 0.5 is the paper's prune rate; it moves weights between layers, so more has to be on offer.
-    drop = st.Schedule(shape="cosine", initial=0.5, final=0.0)
     return st.SNFS(
-        sparsity=sparsity, total_steps=total_steps, drop_fraction=drop, update=_updates(0)
+        sparsity=sparsity, total_steps=total_steps, drop_fraction=DROP, update=_updates(0)
     )
 
 

@@ -160,6 +160,7 @@ def orderings(runs: list[common.Record]) -> list[common.Record]:
                         "sparsity": sparsity,
                         "advantage": round(common.mean(pairs), 3),
                         "standard_error": round(common.standard_error(pairs), 3),
+                        "seeds": len(pairs),
                     }
                 )
     return rows
@@ -205,12 +206,14 @@ def tables(rows: list[common.Record], gaps: list[common.Record]) -> str:
     return "\n\n".join(parts)
 
 
-def jobs(settings: Settings, methods: list[str], seeds: int) -> list[common.Record]:
+def jobs(
+    settings: Settings, methods: list[str], sparsities: list[float], seeds: int
+) -> list[common.Record]:
     """Every run of the grid; whole seeds come first, so that a stopped grid is still a table."""
     grid = []
     for seed in range(seeds):
         for method in methods:
-            for sparsity in (0.0,) if method == "dense" else SPARSITIES:
+            for sparsity in [0.0] if method == "dense" else sparsities:
                 grid.append(
                     {
                         "key": f"{method}-{100 * sparsity:g}-{seed}",
@@ -231,13 +234,15 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=20, help="600 steps each")
     names = ["dense", *SPARSE]
     parser.add_argument("--methods", nargs="+", choices=names, default=names)
+    parser.add_argument("--sparsities", nargs="+", type=float, default=list(SPARSITIES))
     parser.add_argument("--out", type=Path, default=HERE, help="folder of the results")
     arguments = parser.parse_args()
     settings = Settings(epochs=arguments.epochs)
     data()  # a missing data set is told once, here
-    grid = jobs(settings, arguments.methods, arguments.seeds)
+    grid = jobs(settings, arguments.methods, arguments.sparsities, arguments.seeds)
     log = common.ResultLog(arguments.out / f"results-{settings.epochs}.jsonl")
-    runs = common.run_jobs(grid, train, log, workers=arguments.workers)
+    common.run_jobs(grid, train, log, workers=arguments.workers)
+    runs = log.read()  # those of earlier calls too, which may have had other methods or seeds
     rows, gaps = summarise(runs), orderings(runs)
     result = {
         "experiment": "LeNet-300-100 on Fashion-MNIST, 60,000 / 10,000 images",
