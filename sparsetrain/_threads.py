@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import pairwise
+from itertools import count, pairwise
 from typing import TypeVar
 
 import torch
@@ -15,6 +15,7 @@ ResultT = TypeVar("ResultT")
 # Below this many elements handing half of the work to a second thread costs more than it saves.
 _PARALLEL_FROM = 1 << 19
 _MOST = 8
+_PIECES_A_THREAD = 8
 
 _pool: ThreadPoolExecutor | None = None
 
@@ -29,17 +30,15 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forget_pool)
 
 
-def pieces(length: int, numel: int) -> list[slice]:
-    """Cut `length` rows that hold `numel` elements into as many slices as threads are worth it."""
-    threads = min(torch.get_num_threads(), _MOST)
-    if numel < _PARALLEL_FROM or length < threads:
-        threads = 1
-    cuts = [length * number // threads for number in range(threads + 1)]
+def pieces(length: int) -> list[slice]:
+    """Cut `length` elements into slices, several for each thread, or one if they are few."""
+    number = _PIECES_A_THREAD * _threads() if length >= _PARALLEL_FROM and _threads() > 1 else 1
+    cuts = [length * i // number for i in range(number + 1)]
     return [slice(start, stop) for start, stop in pairwise(cuts)]
 
 
 def share_out(work: Callable[[slice], ResultT], parts: Sequence[slice]) -> list[ResultT]:
-    """`work` on every slice at the same time; its results in order.
+    """`work` on every slice, by as many threads as torch has; its results in order.
 
     Only for work that leaves the interpreter for long, as numpy and torch do on large arrays.
     """
@@ -48,6 +47,21 @@ def share_out(work: Callable[[slice], ResultT], parts: Sequence[slice]) -> list[
         return [work(parts[0])]
     if _pool is None:
         _pool = ThreadPoolExecutor(max_workers=_MOST - 1, thread_name_prefix="sparsetrain")
-    waiting = [_pool.submit(work, part) for part in parts[1:]]
-    first = work(parts[0])
-    return [first, *(job.result() for job in waiting)]
+    results: dict[int, ResultT] = {}
+    numbers = count()
+
+    # Each thread takes the next slice when it is done with one: torch's own threads spin for a
+    # while after their work, and whoever shares a core with one is slow.
+    def take_some() -> None:
+        while (number := next(numbers)) < len(parts):
+            results[number] = work(parts[number])
+
+    helpers = [_pool.submit(take_some) for _ in range(_threads() - 1)]
+    take_some()
+    for helper in helpers:
+        helper.result()
+    return [results[number] for number in range(len(parts))]
+
+
+def _threads() -> int:
+    return min(torch.get_num_threads(), _MOST)

@@ -1,33 +1,21 @@
 """From scores and a count to a mask that holds exactly that many.
 
 Everything here is exact and deterministic: of equal scores the one at the lower flat index wins
-(across tensors, the earlier tensor), as a stable sort would have it. Nothing is sorted: a strided
-sample brackets the threshold, a few vectorised passes count what lies outside the bracket, and
-only the candidates inside are partitioned. A bracket that misses costs time, never correctness.
+(across tensors, the earlier tensor), as a stable sort would have it. Nothing is sorted.
 
 Scores may have any floating dtype (half precisions are compared in float32, integers in float64)
 and must be finite.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from sparsetrain._comparable import check_count, check_finite, comparable, in_layer
-from sparsetrain._threads import pieces, share_out
+from sparsetrain._threshold import SMALL, best, few_best, few_best_where
 from sparsetrain.structures import NM, Structure, Unstructured
-
-Array = NDArray[Any]
-
-_SMALL = 1 << 14
-_SAMPLE = 1 << 16
-_FEW_TIES = 16
-# Chunks stay in the cache between the passes over them.
-_CHUNK = 1 << 18
 
 
 def top_k(scores: Tensor, k: int, *, name: str = "") -> Tensor:
@@ -177,36 +165,45 @@ def _row_threshold(values: Tensor, k: int) -> Tensor:
 
 
 def _indices(scores: Tensor, k: int, name: str, *, largest: bool) -> Tensor:
-    if scores.device.type == "cpu" and scores.numel() > _SMALL and 0 < k <= scores.numel():
+    if _suits_one_pass(scores, k):
         values = comparable(scores).reshape(-1)
         check_finite(values, name)
-        found = _few_best(values.numpy(), k, largest)
+        found = few_best(values.numpy(), k, largest)
         if found is not None:
             return torch.from_numpy(found)
     mask = _masks({name: scores}, k, largest=largest)[name].reshape(-1)
     return torch.nonzero(mask).squeeze(1)
 
 
-def _few_best(values: Array, k: int, largest: bool) -> Array | None:
-    """Ascending indices of the `k` best by one pass over the values, or None if the guess failed.
+def _suits_one_pass(scores: Tensor, k: int) -> bool:
+    return scores.device.type == "cpu" and scores.numel() > SMALL and 0 < k <= scores.numel()
 
-    What is not worse than the guess is kept with its index, and only among that is selected.
+
+def extreme_indices(
+    values: Tensor, mask: Tensor, k: int, *, among: bool, largest: bool, name: str = ""
+) -> Tensor:
+    """Flat indices of the ``k`` largest or smallest absolute values where ``mask`` is ``among``.
+
+    The same as selecting from the list of those entries, without making that list.
+
+    Args:
+        values: any shape, finite where ``mask`` is ``among``.
+        mask: bool, of the shape of ``values``.
+
+    Returns:
+        int64, ascending. Of equal values the one at the lower index is taken.
+
+    Raises:
+        ValueError: for a ``k`` out of range and for NaN or infinite values.
     """
-    _, guess, _ = _bracket([values], k, values.size, largest)
-    _, at_least = _comparisons(largest)
-
-    def good_ones(part: slice) -> Array:
-        starts = range(part.start, part.stop, _CHUNK)
-        found = [
-            np.flatnonzero(at_least(values[start : min(start + _CHUNK, part.stop)], guess)) + start
-            for start in starts
-        ]
-        return np.concatenate(found)
-
-    good = np.concatenate(share_out(good_ones, pieces(values.size, values.size)))
-    if not k <= good.size <= values.size // 2:
-        return None
-    return good[_best([values[good]], k, largest)[0]]
+    if _suits_one_pass(values, k):
+        flat, flags = comparable(values).reshape(-1), mask.reshape(-1)
+        if torch.isfinite(flat.sum()):  # else the slower way below finds out which are not
+            found = few_best_where(flat.numpy(), flags.numpy(), k, among, largest)
+            if found is not None:
+                return torch.from_numpy(found)
+    eligible = (mask if among else ~mask).reshape(-1).nonzero().squeeze(1)
+    return eligible[_indices(values.reshape(-1)[eligible].abs(), k, name, largest=largest)]
 
 
 def _masks(scores: Mapping[str, Tensor], k: int, *, largest: bool) -> dict[str, Tensor]:
@@ -221,7 +218,7 @@ def _masks(scores: Mapping[str, Tensor], k: int, *, largest: bool) -> dict[str, 
     if k == 0:
         chosen = [torch.zeros(part.shape, dtype=torch.bool) for part in parts]
     elif all(part.device.type == "cpu" for part in parts):
-        arrays = _best([part.numpy() for part in parts], k, largest)
+        arrays = best([part.numpy() for part in parts], k, largest)
         chosen = [torch.from_numpy(array) for array in arrays]
     else:
         chosen = _best_on_device(parts, k, largest)
@@ -229,94 +226,6 @@ def _masks(scores: Mapping[str, Tensor], k: int, *, largest: bool) -> dict[str, 
         name: mask.to(scores[name].device).reshape(scores[name].shape)
         for name, mask in zip(flat, chosen, strict=True)
     }
-
-
-def _best(parts: Sequence[Array], k: int, largest: bool) -> list[Array]:
-    """Masks of the ``k >= 1`` best over the parts; ties to the earlier part, then index."""
-    threshold = _threshold(parts, k, largest)
-    _, at_least = _comparisons(largest)
-    masks = [at_least(part, threshold) for part in parts]
-    surplus = sum(int(np.count_nonzero(mask)) for mask in masks) - k
-    for part, mask in zip(reversed(parts), reversed(masks), strict=True):
-        surplus = _clear_last_ties(part, mask, threshold, surplus)
-    return masks
-
-
-def _clear_last_ties(values: Array, mask: Array, threshold: Any, surplus: int) -> int:
-    """Clear up to ``surplus`` ties from the end of ``mask``; return how many are left over."""
-    for start in reversed(range(0, values.size, _CHUNK)):
-        if surplus == 0:
-            break
-        here = mask[start : start + _CHUNK]
-        tied = values[start : start + _CHUNK] == threshold
-        count = int(np.count_nonzero(tied))
-        if count <= surplus:
-            np.greater(here, tied, out=here)
-        else:
-            here[np.flatnonzero(tied)[count - surplus :]] = False
-        surplus -= min(count, surplus)
-    return surplus
-
-
-def _comparisons(largest: bool) -> tuple[np.ufunc, np.ufunc]:
-    return (np.greater, np.greater_equal) if largest else (np.less, np.less_equal)
-
-
-def _threshold(parts: Sequence[Array], k: int, largest: bool) -> Any:
-    """The k-th best value over the parts."""
-    total = sum(part.size for part in parts)
-    if total <= _SMALL:
-        return _partition(np.concatenate(parts), k, largest)
-    better, worse, crowded = _bracket(parts, k, total, largest)
-    beyond, at_least = _comparisons(largest)
-    # Where many scores equal an end of the bracket, its ends are left out: partition is slow on
-    # equal values, and whether the threshold is one of the ends is a matter of counting.
-    ahead, inside = (at_least, beyond) if crowded else (beyond, at_least)
-    before = within = 0
-    candidates = []
-    for chunk in _chunks(parts):
-        outer, inner = ahead(chunk, better), inside(chunk, worse)
-        before += int(np.count_nonzero(outer))
-        within += int(np.count_nonzero(inner))
-        candidates.append(chunk[np.greater(inner, outer)])
-    if before < k <= within:
-        return _partition(np.concatenate(candidates), k - before, largest)
-    if k <= before:
-        if crowded and k > sum(int(np.count_nonzero(beyond(part, better))) for part in parts):
-            return better
-        return _threshold([part[beyond(part, better)] for part in parts], k, largest)
-    rest = [np.logical_not(at_least(part, worse)) for part in parts]
-    skipped = total - sum(int(np.count_nonzero(mask)) for mask in rest)
-    if k <= skipped:
-        return worse
-    tail = [part[mask] for part, mask in zip(parts, rest, strict=True)]
-    return _threshold(tail, k - skipped, largest)
-
-
-def _bracket(parts: Sequence[Array], k: int, total: int, largest: bool) -> tuple[Any, Any, bool]:
-    """Two sampled values that very likely enclose the k-th best; whether many scores equal one."""
-    stride = max(total // _SAMPLE, 4) | 1
-    sample = np.concatenate([part[::stride] for part in parts])
-    share = k / total
-    margin = 4.0 * np.sqrt(sample.size * share * (1.0 - share)) + len(parts) + 8.0
-    first, last = np.clip(share * sample.size + np.array([-margin, margin]), 0, sample.size - 1)
-    if largest:
-        first, last = sample.size - 1 - first, sample.size - 1 - last
-    sample.partition([int(first), int(last)])
-    better, worse = sample[int(first)], sample[int(last)]
-    equal = max(np.count_nonzero(sample == better), np.count_nonzero(sample == worse))
-    return better, worse, bool(equal > _FEW_TIES)
-
-
-def _chunks(parts: Sequence[Array]) -> Iterator[Array]:
-    for part in parts:
-        for start in range(0, part.size, _CHUNK):
-            yield part[start : start + _CHUNK]
-
-
-def _partition(values: Array, k: int, largest: bool) -> Any:
-    position = values.size - k if largest else k - 1
-    return np.partition(values, position)[position]
 
 
 def _best_on_device(parts: Sequence[Tensor], k: int, largest: bool) -> list[Tensor]:

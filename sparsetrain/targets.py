@@ -57,6 +57,15 @@ class SparseTarget(ABC):
         """Active weights at flat `indices`."""
 
     @abstractmethod
+    def least_active(self, count: int) -> Tensor:
+        """Flat indices, ascending, of the `count` active weights of least magnitude."""
+
+    @abstractmethod
+    def largest_free(self, scores: Tensor, count: int, freed: Tensor) -> Tensor:
+        """Flat indices, ascending, of the `count` connections with the largest |score| among
+        those that are inactive and those at `freed`, which are about to be dropped."""
+
+    @abstractmethod
     def exchange(
         self, dropped: Tensor, grown: Tensor, values: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:

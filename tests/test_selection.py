@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as some
 from torch import Tensor
 
-from sparsetrain import selection
+from sparsetrain import _threshold, selection
 from sparsetrain.selection import (
     bottom_k_indices,
     group_top_k,
@@ -31,8 +31,8 @@ seeds = some.integers(0, 2**32 - 1)
 # Either side of the size up to which everything is partitioned at once, and a second sample stride.
 numbers = some.one_of(
     some.integers(1, 40),
-    some.integers(selection._SMALL - 2, selection._SMALL + 2),
-    some.integers(selection._SMALL, 60_000),
+    some.integers(_threshold.SMALL - 2, _threshold.SMALL + 2),
+    some.integers(_threshold.SMALL, 60_000),
 )
 
 
@@ -100,8 +100,8 @@ def test_scores_of_any_kind_size_and_dtype(
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_large_tensors_in_several_chunks(kind: str) -> None:
-    number = 2 * selection._CHUNK + 1000
-    assert number > 7 * selection._SAMPLE  # so the stride of the sample is no longer the least
+    number = 2 * _threshold._CHUNK + 1000
+    assert number > 7 * _threshold._SAMPLE  # so the stride of the sample is no longer the least
     scores = draw_scores(kind, number, seed=0)
     for k in (1, number // 50, number // 2 + 1, number - 1):
         assert torch.equal(top_k(scores, k), best([scores], k)[0])
@@ -145,9 +145,9 @@ def test_counts_that_end_where_ties_begin_or_end(zeros: float) -> None:
 
 def test_only_a_missed_bracket_is_searched_again(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[int] = []
-    threshold = selection._threshold
+    threshold = _threshold._threshold
     monkeypatch.setattr(
-        selection, "_threshold", lambda parts, k, up: calls.append(k) or threshold(parts, k, up)
+        _threshold, "_threshold", lambda parts, k, up: calls.append(k) or threshold(parts, k, up)
     )
     for offset, again in [(-10, True), (0, False), (10, True)]:
         calls.clear()

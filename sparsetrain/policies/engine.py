@@ -1,73 +1,40 @@
 """The one drop/grow engine: policies differ only in what they drop by and what they grow by.
 
-For unstructured sparsity everything is an index set, so the engine serves any storage. A kept
-connection cannot be grown again; one that was dropped a moment ago can, and then keeps its value
-and its optimizer state (as in the authors' code of RigL and SET).
+For unstructured sparsity everything is an index set, asked of the target, so the engine serves any
+storage. A kept connection cannot be grown again; one that was dropped a moment ago can, and then
+keeps its value and its optimizer state (as in the authors' code of RigL and SET).
 """
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from sparsetrain.policies.group import TargetGroup
-from sparsetrain.selection import bottom_k_indices, group_top_k, top_k_indices
+from sparsetrain.selection import group_top_k
 from sparsetrain.storage.masked import MaskedTarget
 from sparsetrain.structures import Structure, Unstructured
 
-#: (kept flat indices, number to grow) -> flat indices to grow, none of them kept.
-Grower = Callable[[Tensor, int], Tensor]
+
+def without(indices: Tensor, removed: Tensor) -> Tensor:
+    """`indices` less `removed`; both ascending, the second among the first."""
+    keep = torch.ones(indices.numel(), dtype=torch.bool, device=indices.device)
+    keep[torch.searchsorted(indices, removed)] = False
+    return indices[keep]
 
 
-def drop_smallest(scores: Tensor, active: Tensor, count: int, name: str) -> tuple[Tensor, Tensor]:
-    """Split the active indices into the `count` with the smallest scores and the rest.
+def random_free(numel: int, kept: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """`count` flat indices below `numel`, uniformly at random among those not in `kept`.
 
     Args:
-        scores: of the active weights, shape [active].
-        active: their flat indices, shape [active], ascending.
-
-    Returns:
-        (dropped, kept) flat indices, both ascending.
+        kept: ascending.
+        generator: CPU random source.
     """
-    return split(active, bottom_k_indices(scores, count, name=name))
-
-
-def split(active: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """Split `active` into the entries at `positions` and the others, order kept."""
-    keep = torch.ones(active.numel(), dtype=torch.bool, device=active.device)
-    keep[positions] = False
-    return active[positions], active[keep]
-
-
-def grow_by_score(scores: Tensor, name: str) -> Grower:
-    """Grow where non-negative `scores` (of the weight's shape; overwritten) are largest.
-
-    Raises:
-        ValueError: from the grower, naming the layer, when a score is NaN or infinite.
-    """
-    flat = scores.reshape(-1)
-
-    def grow(kept: Tensor, count: int) -> Tensor:
-        flat[kept] = -1.0
-        return top_k_indices(flat, count, name=name)
-
-    return grow
-
-
-def grow_randomly(numel: int, generator: torch.Generator) -> Grower:
-    """Grow uniformly at random among all connections that are not kept."""
-
-    def grow(kept: Tensor, count: int) -> Tensor:
-        free = numel - kept.numel()
-        ranks = random_ranks(free, count, generator).to(kept.device)
-        # The r-th free index is r plus the number of kept indices before it.
-        before = kept - torch.arange(kept.numel(), device=kept.device)
-        return ranks + torch.searchsorted(before, ranks, right=True)
-
-    return grow
+    ranks = random_ranks(numel - kept.numel(), count, generator).to(kept.device)
+    # The r-th free index is r plus the number of kept indices before it.
+    before = kept - torch.arange(kept.numel(), device=kept.device)
+    return ranks + torch.searchsorted(before, ranks, right=True)
 
 
 def random_ranks(population: int, count: int, generator: torch.Generator) -> Tensor:
@@ -86,26 +53,6 @@ def random_ranks(population: int, count: int, generator: torch.Generator) -> Ten
             return torch.from_numpy(np.sort(chosen))
 
 
-def drop_and_grow(
-    group: TargetGroup,
-    target: MaskedTarget,
-    fraction: float,
-    active: Tensor,
-    drop_scores: Tensor,
-    grower: Grower,
-) -> None:
-    """Replace `int(fraction * active)` connections of an unstructured target.
-
-    Args:
-        active: flat indices of the active weights, shape [active], ascending.
-        drop_scores: importance of the active weights, shape [active]; the smallest are dropped.
-        grower: chooses where to grow.
-    """
-    count = int(target.active * fraction)
-    dropped, kept = drop_smallest(drop_scores, active, count, target.name)
-    group.exchange(target, dropped, grower(kept, count))
-
-
 def drop_and_grow_units(
     group: TargetGroup,
     target: MaskedTarget,
@@ -114,7 +61,7 @@ def drop_and_grow_units(
     grow_scores: Tensor,
     structure: Structure,
 ) -> None:
-    """The same for structured sparsity: units (blocks, inputs of a row) compete in their groups.
+    """Drop and grow with structured sparsity: units (blocks, inputs of a row) compete in groups.
 
     Args:
         drop_scores: importance of every weight, non-negative, of the weight's shape.

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from sparsetrain.allocation import Global, allocate
 from sparsetrain.policies.base import DynamicPolicy
-from sparsetrain.policies.engine import drop_smallest, flat_indices, is_unstructured
+from sparsetrain.policies.engine import flat_indices, is_unstructured
 from sparsetrain.policies.group import TargetGroup
 from sparsetrain.schedules import Schedule, UpdateSchedule
 from sparsetrain.scores import Magnitude, ScoreField
-from sparsetrain.selection import select, top_k_across
+from sparsetrain.selection import bottom_k_indices, select, top_k_across
 from sparsetrain.storage.masked import MaskedTarget
 
 _EMPTY = torch.empty(0, dtype=torch.int64)
@@ -102,7 +102,7 @@ class Gradual(DynamicPolicy):
         if is_unstructured(self.structure):
             active = target.active_indices()
             values = scores.reshape(-1)[active]
-            gone, _ = drop_smallest(values, active, target.active - count, target.name)
+            gone = active[bottom_k_indices(values, target.active - count, name=target.name)]
         else:
             last = scores.min() - 1
             ranked = torch.where(target.mask, scores, last)

@@ -7,12 +7,7 @@ from typing import ClassVar, Literal
 from pydantic import Field
 
 from sparsetrain.policies.base import DynamicPolicy
-from sparsetrain.policies.engine import (
-    drop_and_grow,
-    drop_and_grow_units,
-    grow_by_score,
-    is_unstructured,
-)
+from sparsetrain.policies.engine import drop_and_grow_units, is_unstructured
 from sparsetrain.policies.group import TargetGroup
 from sparsetrain.schedules import CosineFraction, as_schedule
 from sparsetrain.scores.base import gradient_of
@@ -40,12 +35,17 @@ class RigL(DynamicPolicy):
         """Drop by magnitude, grow by gradient."""
         fraction = self.drop_fraction.at(self.progress(step))
         for target in group.with_gradients(self.kind):
-            gradient = gradient_of(target.name, target.param, self.kind).abs()
+            gradient = gradient_of(target.name, target.param, self.kind)
             if is_unstructured(self.structure):
-                active = target.active_indices()
-                magnitude = target.active_values(active).abs_()
-                grower = grow_by_score(gradient, target.name)
-                drop_and_grow(group, target, fraction, active, magnitude, grower)
+                count = int(fraction * target.active)
+                dropped = target.least_active(count)
+                group.exchange(target, dropped, target.largest_free(gradient, count, dropped))
             else:
-                magnitude = target.param.detach().abs()
-                drop_and_grow_units(group, target, fraction, magnitude, gradient, self.structure)
+                drop_and_grow_units(
+                    group,
+                    target,
+                    fraction,
+                    target.param.detach().abs(),
+                    gradient.abs(),
+                    self.structure,
+                )

@@ -10,11 +10,10 @@ from torch import Tensor
 
 from sparsetrain.policies.base import DynamicPolicy
 from sparsetrain.policies.engine import (
-    drop_and_grow,
     drop_and_grow_units,
-    grow_randomly,
     is_unstructured,
-    split,
+    random_free,
+    without,
 )
 from sparsetrain.policies.group import TargetGroup
 from sparsetrain.schedules import ConstantFraction, as_schedule
@@ -63,26 +62,23 @@ class SET(DynamicPolicy):
                 magnitude = target.param.detach().abs()
                 wish = torch.rand(target.shape, generator=group.generator).to(magnitude.device)
                 drop_and_grow_units(group, target, fraction, magnitude, wish, self.structure)
-            elif self.drop == "magnitude" and self.grow_std == 0:
-                active = target.active_indices()
-                magnitude = target.active_values(active).abs_()
-                grower = grow_randomly(target.numel, group.generator)
-                drop_and_grow(group, target, fraction, active, magnitude, grower)
+                continue
+            active = target.active_indices()
+            if self.drop == "magnitude":
+                dropped = target.least_active(int(fraction * target.active))
             else:
-                self._evolve(group, target, fraction)
+                values = target.active_values(active)
+                dropped = active[smallest_of_each_sign(values, fraction, target.name)]
+            kept = without(active, dropped)
+            grown = random_free(target.numel, kept, dropped.numel(), group.generator)
+            group.exchange(target, dropped, grown, self._start_values(group, target, grown.numel()))
 
-    def _evolve(self, group: TargetGroup, target: MaskedTarget, fraction: float) -> None:
-        """The paper's own way: drop each sign on its own, new weights drawn from a normal."""
-        active = target.active_indices()
-        values = target.active_values(active)
-        if self.drop == "magnitude":
-            chosen = bottom_k_indices(values.abs(), int(fraction * len(active)), name=target.name)
-        else:
-            chosen = smallest_of_each_sign(values, fraction, target.name)
-        dropped, kept = split(active, chosen)
-        grown = grow_randomly(target.numel, group.generator)(kept, dropped.numel())
-        drawn = torch.randn(grown.numel(), generator=group.generator) * self.grow_std
-        group.exchange(target, dropped, grown, drawn.to(values))
+    def _start_values(self, group: TargetGroup, target: MaskedTarget, count: int) -> Tensor | None:
+        """New weights drawn from a normal, or None for zeros."""
+        if self.grow_std == 0:
+            return None
+        drawn = torch.randn(count, generator=group.generator) * self.grow_std
+        return drawn.to(target.param.detach())
 
 
 def smallest_of_each_sign(values: Tensor, fraction: float, name: str) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sparsetrain._apportion import apportion
 from sparsetrain.policies.base import DynamicPolicy
-from sparsetrain.policies.engine import drop_smallest, grow_by_score, is_unstructured
+from sparsetrain.policies.engine import is_unstructured
 from sparsetrain.policies.group import TargetGroup
 from sparsetrain.schedules import CosineFraction, as_schedule
 from sparsetrain.scores.base import gradient_of
@@ -78,27 +78,21 @@ class SNFS(DynamicPolicy):
             targets = group.with_gradients(self.kind)  # no step yet: the gradient that is there
         momenta = {t.name: self._momentum_of(t, group) for t in targets}
         claims = _claims(targets, momenta)
-        dropped, kept = {}, {}
-        for target in targets:
-            active = target.active_indices()
-            magnitude = target.active_values(active).abs_()
-            count = _drop_count(target, fraction, claims)
-            dropped[target.name], kept[target.name] = drop_smallest(
-                magnitude, active, count, target.name
-            )
-        room = {t.name: t.numel - kept[t.name].numel() for t in targets}
-        growth = _redistribute(claims, room, sum(d.numel() for d in dropped.values()))
+        counts = {t.name: _drop_count(t, fraction, claims) for t in targets}
+        room = {t.name: t.numel - t.active + counts[t.name] for t in targets}
+        growth = _redistribute(claims, room, sum(counts.values()))
         for target in targets:
             name = target.name
-            grown = grow_by_score(momenta[name], name)(kept[name], growth[name])
-            group.exchange(target, dropped[name], grown)
+            dropped = target.least_active(counts[name])
+            grown = target.largest_free(momenta[name], growth[name], dropped)
+            group.exchange(target, dropped, grown)
 
     def _momentum_of(self, target: MaskedTarget, group: TargetGroup) -> Tensor:
-        """|m|, a copy, of the weight's shape."""
+        """The momentum, of the weight's shape."""
         mean: Tensor | None = group.memory.get(target.name)
         if mean is None:
             mean = gradient_of(target.name, target.param, self.kind)
-        return mean.abs()
+        return mean
 
 
 def _claims(targets: list[MaskedTarget], momenta: dict[str, Tensor]) -> dict[str, float]:
@@ -106,7 +100,7 @@ def _claims(targets: list[MaskedTarget], momenta: dict[str, Tensor]) -> dict[str
     means = {}
     for target in targets:
         active = momenta[target.name].reshape(-1)[target.active_indices()]
-        mean = float(active.double().mean()) if active.numel() else 0.0
+        mean = float(active.double().abs_().mean()) if active.numel() else 0.0
         if not mean < math.inf:
             raise ValueError(f"the momentum of {target.name} is NaN or infinite")
         means[target.name] = mean

@@ -6,9 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sparsetrain._threads import pieces, share_out
-
 _INTEGER_OF_SIZE = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+_PIECE = 1 << 18
 
 
 def keep_where_(tensor: Tensor, mask: Tensor) -> None:
@@ -23,17 +22,25 @@ def keep_where_(tensor: Tensor, mask: Tensor) -> None:
         tensor.masked_fill_(~mask, 0)
         return
     # Multiplying the bits as integers by 0 or 1 clears or keeps them whatever float they spell.
-    # numpy converts the bool in cache-sized pieces; torch's mixed-type kernels are 2-4x slower.
-    bits = tensor.detach().view(_INTEGER_OF_SIZE[size]).numpy()
-    _multiply(bits, mask.numpy())
+    bits = tensor.detach().view(_INTEGER_OF_SIZE[size])
+    few = torch.get_num_threads() == 1 or bits.numel() <= _PIECE
+    if few or not (bits.is_contiguous() and mask.is_contiguous()):
+        array = bits.numpy()  # numpy converts the bools on the way, in small pieces
+        np.multiply(array, mask.numpy(), out=array)
+    else:
+        _multiply_in_pieces(bits.view(-1), mask.view(-1))
 
 
-def _multiply(bits: np.ndarray, keep: np.ndarray) -> None:
-    if bits.ndim == 0:
-        np.multiply(bits, keep, out=bits)
-        return
-    parts = pieces(bits.shape[0], bits.size)
-    share_out(lambda part: np.multiply(bits[part], keep[part], out=bits[part]), parts)
+def _multiply_in_pieces(bits: Tensor, keep: Tensor) -> None:
+    """With all of torch's threads. Its kernel for mixed types is slow, so bools become integers
+    first, few enough to stay in the cache."""
+    buffer = torch.empty(_PIECE, dtype=bits.dtype)
+    for some_bits, some_keep in zip(
+        torch.split(bits, _PIECE), torch.split(keep, _PIECE), strict=True
+    ):
+        factors = buffer[: some_bits.numel()]
+        factors.copy_(some_keep)
+        some_bits.mul_(factors)
 
 
 def is_set_at(tensor: Tensor, index: tuple[int, ...]) -> bool:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from sparsetrain.selection import extreme_indices
 from sparsetrain.storage.kernels import (
     first_unset,
     is_set_at,
@@ -41,6 +42,25 @@ class MaskedTarget(SparseTarget):
     def active_values(self, indices: Tensor) -> Tensor:
         """Weights at flat `indices`, as they stand in the forward pass."""
         return read_flat(self.param.detach(), indices)
+
+    def least_active(self, count: int) -> Tensor:
+        """Flat indices, ascending, of the `count` active weights of least magnitude."""
+        weight = self.param.detach()
+        return extreme_indices(weight, self._mask, count, among=True, largest=False, name=self.name)
+
+    def largest_free(self, scores: Tensor, count: int, freed: Tensor) -> Tensor:
+        """Flat indices, ascending, of the `count` largest |scores| where inactive or `freed`.
+
+        Args:
+            scores: of the weight's shape.
+            freed: flat indices of active weights that may be grown again.
+
+        Raises:
+            ValueError: naming the layer, when such a score is NaN or infinite.
+        """
+        taken = self._mask.clone()
+        taken.view(-1)[freed] = False
+        return extreme_indices(scores, taken, count, among=False, largest=True, name=self.name)
 
     def begin(self, mask: Tensor) -> None:
         """Install the first mask. The dense weights are remembered until the first step.
