@@ -253,7 +253,7 @@ def main() -> None:
         "runs": runs,
     }
     common.write_json(arguments.out / "results.json", result)
-    common.console.print(tables(rows, gaps), soft_wrap=True)
+    common.console.print(tables(rows, gaps), soft_wrap=True, markup=False)
     if arguments.out == HERE:
         common.put_into(HERE / "README.md", tables(rows, gaps))
 

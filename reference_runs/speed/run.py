@@ -1,6 +1,6 @@
 """What sparse training costs on top of the bare optimizer: steps, mask updates, memory.
 
-    python -m reference_runs.speed.run                 # all three, about 15 minutes
+    python -m reference_runs.speed.run                 # all three, about 8 minutes
     python -m reference_runs.speed.run --only update
 
 from the repository's root, on a machine that does nothing else. See the README beside this file.
@@ -207,7 +207,7 @@ def tables(results: common.Record) -> str:
         rows = [
             [OURS, f"**{row['ours_in_steps']['ratio']:.2f}**"],
             ["rigl-torch 0.5.2", f"{row['rigl_torch_in_steps']['ratio']:.1f}"],
-            ["rigl-torch over sparsetrain", f"{row['rigl_torch_over_ours']['ratio']:.0f}x"],
+            ["rigl-torch over sparsetrain", f"{row['rigl_torch_over_ours']['ratio']:.0f}"],
         ]
         parts.append(common.markdown_table(head, rows))
     if memory := results.get("memory"):
@@ -245,7 +245,7 @@ def main() -> None:
             results[name] = measure()
             results["machine"] = common.machine()
             common.write_json(path, results)
-    common.console.print(tables(results), soft_wrap=True)
+    common.console.print(tables(results), soft_wrap=True, markup=False)
     if arguments.out == HERE:
         common.put_into(HERE / "README.md", tables(results))
 
