@@ -28,7 +28,8 @@ class UpdateSchedule(BaseModel):
 
     Steps are counted by the clock *before* the optimizer step, so the first step is 0. A ``stop``
     given as an integer is a step, a ``stop`` given as a float is a fraction of ``total_steps``
-    (``1`` is the first step, ``1.0`` is the end of training).
+    (``1`` is the first step, ``1.0`` is the end of training). An integer ``stop`` equal to
+    ``start`` says that there are no updates but those that are forced.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -49,9 +50,9 @@ class UpdateSchedule(BaseModel):
                     f"stop={self.stop}: as a fraction of total_steps it must lie in (0, 1]; "
                     "write an integer for a step"
                 )
-        elif self.stop is not None and self.stop <= self.start:
+        elif self.stop is not None and self.stop < self.start:
             raise ValueError(
-                f"stop={self.stop} is not after start={self.start}: no update would ever happen"
+                f"stop={self.stop} lies before start={self.start}: no update would ever happen"
             )
         return self
 
@@ -78,7 +79,7 @@ class UpdateSchedule(BaseModel):
                 f"stop={stop} lies beyond total_steps={total_steps}: lower stop, or give it as a "
                 "fraction such as 0.75"
             )
-        if stop <= self.start:
+        if stop <= self.start and self.stop != self.start:
             raise ValueError(
                 f"updates start at step {self.start} but stop before step {stop}, so none would "
                 "ever happen: lower start or raise stop"

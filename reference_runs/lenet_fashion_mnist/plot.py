@@ -17,7 +17,6 @@ from reference_runs.lenet_fashion_mnist.methods import LABELS
 from reference_runs.lenet_fashion_mnist.run import HERE
 from sparsetrain.report import plots
 
-
 #: Test errors in the pictures [%]; the static uniform mask leaves them at 98 and 99 %.
 SHOWN = (9.8, 17.0)
 

@@ -127,6 +127,8 @@ class DynamicPolicy(Policy):
 
     #: End of the updates when the schedule gives none: a fraction of `total_steps`.
     default_stop: ClassVar[float] = 0.75
+    #: Whether the policy would never become sparse without an update.
+    starts_dense: ClassVar[bool] = False
 
     total_steps: int = Field(ge=1, description="optimizer steps in the whole training run")
     update: UpdateSchedule = Field(
@@ -135,7 +137,8 @@ class DynamicPolicy(Policy):
 
     @model_validator(mode="after")
     def _update_fits(self) -> DynamicPolicy:
-        self.stop_step()
+        if self.stop_step() <= self.update.start and self.starts_dense:
+            raise ValueError("'update' names no step, so nothing would ever be pruned")
         return self
 
     def stop_step(self) -> int:

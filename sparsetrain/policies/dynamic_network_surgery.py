@@ -32,6 +32,7 @@ class DynamicNetworkSurgery(DynamicPolicy):
 
     kind: Literal["dynamic_network_surgery"] = "dynamic_network_surgery"
     latent: ClassVar[bool] = True
+    starts_dense: ClassVar[bool] = True
     dense_gradient: ClassVar[Literal["never", "updates", "always"]] = "always"
 
     c_rate: float | None = Field(

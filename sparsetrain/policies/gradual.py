@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -28,6 +28,7 @@ class Gradual(DynamicPolicy):
     """
 
     kind: Literal["gradual"] = "gradual"
+    starts_dense: ClassVar[bool] = True
 
     initial_sparsity: float = Field(0.0, ge=0, lt=1, description="share of zeros at the start")
     shape: Literal["cubic", "linear", "cosine"] = Field(

@@ -121,6 +121,9 @@ def test_blocks_go_as_a_whole() -> None:
 def test_settings_that_make_no_sense() -> None:
     with pytest.raises(ValueError, match="initial_sparsity"):
         st.Gradual(sparsity=0.5, initial_sparsity=0.6, total_steps=10)
+    for update in ({"start": 75}, {"start": 50, "stop": 50}):
+        with pytest.raises(ValueError, match="ever"):
+            st.Gradual(sparsity=0.5, total_steps=100, update=update)
     with pytest.raises(ValueError, match="n:m"):
         st.Gradual(sparsity=0.5, total_steps=10, structure="2:4")
     with pytest.raises(ValueError, match="erdos_renyi"):
