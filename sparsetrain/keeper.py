@@ -145,11 +145,10 @@ class Keeper:
             if not keeps_zeros:
                 self._zero_inactive_state(target)
         self._count_step()
+        changes = None
         try:
-            if any(policy.update_is_due(self.step_count) for policy, _ in self.groups):
-                changes = self._change_masks(self._is_due)
-            else:
-                changes = None
+            if any(self._is_due(policy) for policy, _ in self.groups):
+                changes = self._commit(self._decide(self._is_due))
         finally:  # the base optimizer has stepped, so the clock moves whatever the masks do
             self.step_count += 1
         if changes is not None:
@@ -161,7 +160,9 @@ class Keeper:
         self._observe()
         for target in self.targets.values():
             target.check_outside_writes()
-        changes = self._change_masks(self._is_due, self._count_step)
+        decided = self._decide(self._is_due)
+        self._count_step()
+        changes = self._commit(decided)
         self.step_count += 1
         self._tell(self.step_count - 1, changes)
 
@@ -178,15 +179,13 @@ class Keeper:
         """Let all policies change their masks now, and tell the listeners."""
         for target in self.targets.values():
             target.check_outside_writes()
-        self._tell(self.step_count, self._change_masks(lambda policy: True))
+        self._tell(self.step_count, self._commit(self._decide(lambda policy: True)))
 
     def _is_due(self, policy: Policy) -> bool:
         return policy.update_is_due(self.step_count)
 
-    def _change_masks(
-        self, chosen: Callable[[Policy], bool], before_changes: Callable[[], None] | None = None
-    ) -> list[LayerChange]:
-        """All chosen policies decide before any mask changes, so that an error changes nothing."""
+    def _decide(self, chosen: Callable[[Policy], bool]) -> list[TargetGroup]:
+        """Let the chosen policies plan their changes; an error leaves everything as it was."""
         updating = [(policy, group) for policy, group in self.groups if chosen(policy)]
         random_state = self.generator.get_state()
         memories = [dict(group.memory) for _, group in updating]
@@ -200,9 +199,11 @@ class Keeper:
                 group.memory.clear()
                 group.memory.update(memory)
             raise
-        if before_changes is not None:
-            before_changes()
-        changes = [change for _, group in updating for change in group.commit()]
+        return [group for _, group in updating]
+
+    def _commit(self, decided: list[TargetGroup]) -> list[LayerChange]:
+        """Make the planned changes."""
+        changes = [change for group in decided for change in group.commit()]
         if any(change.dropped or change.grown for change in changes):
             base_state.forget_history(self.base)
         if self.tracker.explored is not None:

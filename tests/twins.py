@@ -79,6 +79,18 @@ class Twin:
             self.step += 1
 
 
+def straight_through(latent: SmallNet, seen: SmallNet, masks: dict[str, Tensor], step: int) -> None:
+    """Gradients for the latent weights: those at their masked copies in another network."""
+    with torch.no_grad():
+        for name, weight in latent.named_parameters():
+            mask = masks.get(name)
+            value = weight if mask is None else torch.where(mask, weight, 0.0)
+            seen.get_parameter(name).copy_(value)
+    backward(seen, step)
+    for name, weight in latent.named_parameters():
+        weight.grad = seen.get_parameter(name).grad.clone()
+
+
 def ranks(scores: Tensor) -> Tensor:
     """0 for the largest score, of equal ones the lower index first; of the shape of `scores`."""
     order = sorted(range(scores.numel()), key=lambda i: (-float(scores.view(-1)[i]), i))

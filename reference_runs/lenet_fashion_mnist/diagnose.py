@@ -12,13 +12,10 @@ import argparse
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import torch
-
 import sparsetrain as st
 from reference_runs import _common as common
 from reference_runs.lenet_fashion_mnist.methods import STOP
-from reference_runs.lenet_fashion_mnist.run import Settings, data
-from sparsetrain.workbench import Trainer, build
+from reference_runs.lenet_fashion_mnist.run import Settings, begin, data, steps_of
 
 HERE = Path(__file__).parent
 POLICIES: dict[str, type[st.RigL] | type[st.SET]] = {"rigl": st.RigL, "set": st.SET}
@@ -54,31 +51,14 @@ CASES = (
 
 def train(job: common.Record, report: common.Report) -> common.Record:
     """One run: test error, exploration rate, and units that have inputs and outputs."""
-    case, settings, dataset = Case(**job["case"]), Settings(epochs=job["case"]["epochs"]), data()
-    model = build("lenet_300_100", in_shape=dataset.in_shape, classes=10, seed=job["seed"])
-    steps = settings.epochs * (len(dataset.train_x) // settings.batch_size)
-    optimizer = st.SparseOptimizer(
-        torch.optim.SGD(
-            model.parameters(),
-            lr=settings.learning_rate,
-            momentum=settings.momentum,
-            nesterov=True,
-            weight_decay=settings.weight_decay,
-        ),
-        model,
-        case.policy(steps),
-        seed=job["seed"],
-    )
+    case = Case(**job["case"])
+    settings = Settings(epochs=case.epochs)
+    steps = steps_of(settings)
+    trainer = begin(settings, job["seed"], case.policy(steps))
+    optimizer = trainer.optimizer
+    assert isinstance(optimizer, st.SparseOptimizer)
     rates: list[float] = []
     optimizer.register_update_hook(lambda event: rates.append(event.exploration_rate))
-    trainer = Trainer(
-        model,
-        optimizer,
-        dataset,
-        batch_size=settings.batch_size,
-        seed=job["seed"],
-        scheduler=torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps),
-    )
     for record in trainer.run(steps):
         words = f"test {100 * record.test_accuracy:.1f} %"
         report(job["key"], record.epoch, settings.epochs, words)

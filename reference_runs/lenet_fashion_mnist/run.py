@@ -51,12 +51,15 @@ def data() -> Dataset:
     return load("fashion_mnist")
 
 
-def train(job: common.Record, report: common.Report) -> common.Record:
-    """One run: test error after the last step, seconds and FLOPs."""
-    settings = Settings(**job["settings"])
-    dataset = data()
-    model = build("lenet_300_100", in_shape=dataset.in_shape, classes=10, seed=job["seed"])
-    steps = settings.epochs * (len(dataset.train_x) // settings.batch_size)
+def steps_of(settings: Settings) -> int:
+    """Optimizer steps of a run."""
+    return settings.epochs * (len(data().train_x) // settings.batch_size)
+
+
+def begin(settings: Settings, seed: int, chosen: st.Policy | None) -> Trainer:
+    """A run before its first step; `chosen` is the policy, None for dense training."""
+    dataset, steps = data(), steps_of(settings)
+    model = build("lenet_300_100", in_shape=dataset.in_shape, classes=10, seed=seed)
     optimizer: torch.optim.Optimizer = torch.optim.SGD(
         model.parameters(),
         lr=settings.learning_rate,
@@ -64,17 +67,23 @@ def train(job: common.Record, report: common.Report) -> common.Record:
         nesterov=True,
         weight_decay=settings.weight_decay,
     )
-    chosen = policy(job["method"], job["sparsity"], steps)
     if chosen is not None:
-        optimizer = st.SparseOptimizer(optimizer, model, chosen, seed=job["seed"])
-    trainer = Trainer(
+        optimizer = st.SparseOptimizer(optimizer, model, chosen, seed=seed)
+    return Trainer(
         model,
         optimizer,
         dataset,
         batch_size=settings.batch_size,
-        seed=job["seed"],
+        seed=seed,
         scheduler=torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps),
     )
+
+
+def train(job: common.Record, report: common.Report) -> common.Record:
+    """One run: test error after the last step, seconds and FLOPs."""
+    settings = Settings(**job["settings"])
+    steps = steps_of(settings)
+    trainer = begin(settings, job["seed"], policy(job["method"], job["sparsity"], steps))
     for record in trainer.run(steps):
         words = f"test {100 * record.test_accuracy:.1f} %"
         report(job["key"], record.epoch, settings.epochs, words)
@@ -90,7 +99,7 @@ def train(job: common.Record, report: common.Report) -> common.Record:
         "train_seconds": round(sum(record.seconds for record in trainer.history.records), 2),
         "test_error_curve": [round(1 - accuracy, 4) for accuracy in curve],
     }
-    return {**result, **_cost(model, optimizer, dataset)}
+    return {**result, **_cost(trainer.model, trainer.optimizer, data())}
 
 
 def _cost(

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from runs import OPTIMIZERS, STEPS, SmallNet, backward, train, wrap
+from runs import OPTIMIZERS, STEPS, SmallNet, train, wrap
 from torch import Tensor, nn
+from twins import straight_through
 
 import sparsetrain as st
 
@@ -20,14 +21,7 @@ def surgery_by_hand(steps: int, start: int) -> tuple[SmallNet, dict[str, Tensor]
     masks = {n: torch.ones_like(latent.get_parameter(n), dtype=torch.bool) for n in names}
     thresholds: dict[str, float] = {}
     for step in range(steps):
-        with torch.no_grad():
-            for name, weight in latent.named_parameters():
-                mask = masks.get(name)
-                value = weight if mask is None else torch.where(mask, weight, 0.0)
-                seen.get_parameter(name).copy_(value)
-        backward(seen, step)
-        for name, weight in latent.named_parameters():
-            weight.grad = seen.get_parameter(name).grad.clone()
+        straight_through(latent, seen, masks, step)
         base.step()
         if step < start:
             continue

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from runs import OPTIMIZERS, STEPS, SmallNet, backward, train, wrap
+from runs import OPTIMIZERS, STEPS, SmallNet, train, wrap
 from torch import Tensor, nn
+from twins import straight_through
 
 import sparsetrain as st
 
@@ -31,17 +32,10 @@ def sr_ste_by_hand(steps: int) -> tuple[SmallNet, dict[str, Tensor]]:
     names = ["conv.weight", "hidden.weight", "head.weight"]
     masks = {name: n_m_by_hand(latent.get_parameter(name).detach(), 2, 4) for name in names}
     for step in range(steps):
-        with torch.no_grad():
-            for name, weight in latent.named_parameters():
-                mask = masks.get(name)
-                value = weight if mask is None else torch.where(mask, weight, 0.0)
-                seen.get_parameter(name).copy_(value)
-        backward(seen, step)
-        for name, weight in latent.named_parameters():
-            weight.grad = seen.get_parameter(name).grad.clone()
-            if name in masks:
-                pruned = torch.where(masks[name], 0.0, weight.detach())
-                weight.grad.add_(pruned, alpha=DECAY)
+        straight_through(latent, seen, masks, step)
+        for name, mask in masks.items():
+            weight = latent.get_parameter(name)
+            weight.grad.add_(torch.where(mask, 0.0, weight.detach()), alpha=DECAY)
         base.step()
         for name in names:
             masks[name] = n_m_by_hand(latent.get_parameter(name).detach(), 2, 4)
