@@ -49,17 +49,19 @@ def test_loading_keeps_weights_that_came_through_data() -> None:
 # Optimizers of their own kind.
 
 
-def test_a_subclass_that_steps_through_super_counts_one_step() -> None:
+@pytest.mark.parametrize("policy", ["set", "snfs", "nm_sparse"])
+def test_a_subclass_that_steps_through_super_takes_one_step(policy: str) -> None:
     class Mine(torch.optim.SGD):
         def step(self, closure: Any = None) -> Any:
             return super().step(closure)
 
-    torch.optim.SGD(SmallNet().parameters(), lr=0.1)  # from now on torch hooks both steps
+    plain_model, plain = wrap("sgd", policy)  # from now on torch hooks both steps
     model = SmallNet()
-    optimizer = st.SparseOptimizer(Mine(model.parameters(), lr=0.1), model, POLICIES["set"])
+    optimizer = st.SparseOptimizer(Mine(model.parameters(), lr=0.1), model, POLICIES[policy])
+    train(plain_model, plain, 0, STEPS)
     train(model, optimizer, 0, STEPS)
     assert optimizer.step_count == STEPS
-    assert all_masked(optimizer)
+    assert same(weights(model), weights(plain_model))
 
 
 class WithLists(torch.optim.SGD):
