@@ -15,7 +15,7 @@ from sparsetrain.recipe import Recipe
 from sparsetrain.storage.masked import MaskedTarget
 
 KEY = "sparsetrain"
-VERSION = 1
+VERSION = 2
 
 
 def pack_mask(mask: Tensor) -> Tensor:
@@ -59,8 +59,14 @@ def check(saved: Any, recipe: Recipe, targets: Mapping[str, MaskedTarget], group
     for part, kind in _PARTS.items():
         if not isinstance(saved.get(part), kind):
             raise ValueError(f"the checkpoint is damaged: its {part!r} is missing or no {kind}")
-    if saved["step_count"] < 0 or saved["generator"].dtype != torch.uint8:
-        raise ValueError("the checkpoint is damaged: its clock or generator makes no sense")
+    if saved["step_count"] < 0:
+        raise ValueError(f"the checkpoint is damaged: step_count is {saved['step_count']}")
+    try:
+        torch.Generator().set_state(saved["generator"].cpu())
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"the checkpoint is damaged: its 'generator': {error}") from error
+    if not saved["tracker"].keys() >= {"idle", "idle_with_gradient", "explored"}:
+        raise ValueError("the checkpoint is damaged: its 'tracker' is not whole")
     _check_recipe(json.loads(saved["recipe"]), recipe.to_dict())
     _check_targets(saved["targets"], targets)
     if len(saved["memories"]) != groups:

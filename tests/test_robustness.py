@@ -221,6 +221,20 @@ def test_a_checkpoint_without_a_part_is_refused(part: str) -> None:
         optimizer.load_state_dict(saved)
 
 
+@pytest.mark.parametrize("part", ["generator", "tracker", "step_count"])
+def test_a_checkpoint_with_a_damaged_part_is_refused_before_anything_changes(part: str) -> None:
+    model, optimizer = wrap("momentum", "rigl")
+    train(model, optimizer, 0, 4)
+    saved = copy.deepcopy(optimizer.state_dict())
+    damaged = {"generator": torch.zeros(7, dtype=torch.uint8), "tracker": {}, "step_count": -1}
+    saved["sparsetrain"][part] = damaged[part]
+    saved["param_groups"][0]["lr"] = 7.0
+    with pytest.raises(ValueError, match=f"damaged: .*{part}"):
+        optimizer.load_state_dict(saved)
+    assert optimizer.base.param_groups[0]["lr"] != 7.0
+    assert optimizer.step_count == 4
+
+
 @pytest.mark.parametrize("key, damage", [("mask", lambda t: t[:-1]), ("latent", lambda t: t[1:])])
 def test_a_checkpoint_that_was_cut_is_refused(key: str, damage: Any) -> None:
     _, optimizer = wrap("momentum", "nm_sparse")

@@ -18,7 +18,11 @@ from reference_runs.lenet_fashion_mnist.methods import STOP
 from reference_runs.lenet_fashion_mnist.run import Settings, begin, data, steps_of
 
 HERE = Path(__file__).parent
-POLICIES: dict[str, type[st.RigL] | type[st.SET]] = {"rigl": st.RigL, "set": st.SET}
+POLICIES: dict[str, type[st.RigL] | type[st.SET] | type[st.SNFS]] = {
+    "rigl": st.RigL,
+    "set": st.SET,
+    "snfs": st.SNFS,
+}
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,7 @@ class Case:
     every: int = 100
     drop: float = 0.3
     epochs: int = 20
+    stop: float = STOP
 
     def policy(self, steps: int) -> st.Policy:
         """The policy over so many steps."""
@@ -37,15 +42,18 @@ class Case:
             sparsity=self.sparsity,
             total_steps=steps,
             drop_fraction=st.Schedule(shape="cosine", initial=self.drop, final=0.0),
-            update=st.UpdateSchedule(every=self.every, start=0, stop=STOP),
+            update=st.UpdateSchedule(every=self.every, start=0, stop=self.stop),
         )
 
 
 CASES = (
     *(Case(method, sparsity) for sparsity in (0.98, 0.99) for method in POLICIES),
-    *(Case(method, 0.98, every=600) for method in POLICIES),
+    *(Case(method, 0.98, every=600) for method in ("rigl", "set")),
     Case("rigl", 0.98, drop=0.5),
-    *(Case(method, 0.98, epochs=60) for method in POLICIES),
+    *(Case(method, 0.98, epochs=60) for method in ("rigl", "set")),
+    # SNFS with the drop fraction of its paper, at our interval and at the paper's.
+    *(Case("snfs", sparsity, drop=0.5) for sparsity in (0.98, 0.99)),
+    *(Case("snfs", sparsity, every=600, drop=0.5, stop=1.0) for sparsity in (0.98, 0.99)),
 )
 
 
@@ -82,7 +90,8 @@ def table(runs: list[common.Record]) -> str:
         rows.append(
             [
                 f"{case.method} {100 * case.sparsity:g} %, every {case.every} steps, "
-                f"drop {100 * case.drop:g} %, {case.epochs} epochs",
+                f"to {100 * case.stop:g} % of training, drop {100 * case.drop:g} %, "
+                f"{case.epochs} epochs",
                 f"{100 * common.mean([run['test_error'] for run in mine]):.2f}",
                 f"{common.mean([run['train_loss'] for run in mine]):.3f}",
                 f"{common.mean([run['exploration_rate'] for run in mine]):.2f}",
@@ -102,7 +111,7 @@ def main() -> None:
     data()
     jobs = [
         {
-            "key": f"{c.method}-{c.sparsity}-{c.every}-{c.drop}-{c.epochs}-{seed}",
+            "key": f"{c.method}-{c.sparsity}-{c.every}-{c.drop}-{c.epochs}-{c.stop}-{seed}",
             "case": asdict(c),
             "seed": seed,
         }

@@ -1,6 +1,6 @@
 """What sparse training costs on top of the bare optimizer: steps, mask updates, memory.
 
-    python -m reference_runs.speed.run                 # all three, about 8 minutes
+    python -m reference_runs.speed.run                 # everything, about 9 minutes
     python -m reference_runs.speed.run --only update
 
 from the repository's root, on a machine that does nothing else. See the README beside this file.
@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 
 from reference_runs import _common as common
+from reference_runs.speed import zeros
 from reference_runs.speed.contenders import OPTIMIZERS, WORKLOADS, Workload, make
 from sparsetrain.workbench import load
 
@@ -222,13 +223,18 @@ def tables(results: common.Record) -> str:
             for row in memory
         ]
         parts.append(common.markdown_table(head, rows))
+    if zero := results.get("zeros"):
+        head = ["what zeros cost", "[ms]"]
+        parts.append(
+            common.markdown_table(head, [[row["what"], f"{row['ms']:.2f}"] for row in zero])
+        )
     return "\n\n".join(parts)
 
 
 def main() -> None:
     """Measure, then write results.json and the tables in the README."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--only", choices=["steps", "updates", "memory"])
+    parser.add_argument("--only", choices=["steps", "updates", "memory", "zeros"])
     parser.add_argument("--rounds", type=int, default=21)
     parser.add_argument("--seconds", type=float, default=0.4, help="of a round, for each library")
     parser.add_argument("--out", type=Path, default=HERE, help="folder of the results")
@@ -239,6 +245,7 @@ def main() -> None:
         "steps": lambda: measure_steps(arguments.rounds, arguments.seconds),
         "updates": lambda: measure_updates(arguments.rounds),
         "memory": lambda: measure_memory(3),
+        "zeros": zeros.measure,
     }
     for name, measure in parts.items():
         if arguments.only in (None, name):
