@@ -24,6 +24,7 @@ class LayerShape(NamedTuple):
     name: str
     shape: tuple[int, ...]
     quantum: int = 1
+    built: int | None = None  # active weights of a layer that came sparse
 
     @property
     def numel(self) -> int:
@@ -119,12 +120,23 @@ class Explicit(Allocation):
         return True
 
 
+class AsBuilt(Allocation):
+    """The density a layer has: that of a `SparseLinear`, and 1 for a layer that is dense."""
+
+    kind: Literal["as_built"] = "as_built"
+
+    @property
+    def fixes_density(self) -> bool:
+        """Always True."""
+        return True
+
+
 AnyAllocation = Annotated[
-    Uniform | UniformFirstDense | ErdosRenyi | ErdosRenyiKernel | Global | Explicit,
+    Uniform | UniformFirstDense | ErdosRenyi | ErdosRenyiKernel | Global | Explicit | AsBuilt,
     Field(discriminator="kind"),
 ]
 _ADAPTER: TypeAdapter[
-    Uniform | UniformFirstDense | ErdosRenyi | ErdosRenyiKernel | Global | Explicit
+    Uniform | UniformFirstDense | ErdosRenyi | ErdosRenyiKernel | Global | Explicit | AsBuilt
 ] = TypeAdapter(AnyAllocation)
 _KINDS = (
     "uniform",
@@ -133,6 +145,7 @@ _KINDS = (
     "erdos_renyi_kernel",
     "global",
     "explicit",
+    "as_built",
 )
 _ALIASES = {"erk": "erdos_renyi_kernel", "er": "erdos_renyi"}
 
@@ -205,6 +218,8 @@ def allocate(
             raise ValueError(
                 f"allocation {_kind(allocation)!r} fixes the densities itself: leave sparsity out"
             )
+        if isinstance(allocation, AsBuilt):
+            return {n.name: n.numel if n.built is None else n.built for n in layers}
         return _fixed_counts(allocation, layers)
     if sparsity is None or not 0.0 <= sparsity < 1.0:
         raise ValueError(

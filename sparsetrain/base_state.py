@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +20,8 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from sparsetrain.storage.kernels import keep_where_, write_flat_
+from sparsetrain.storage.kernels import keep_where_
+from sparsetrain.targets import SparseTarget
 
 _TRIAL_STEPS = 4
 
@@ -46,6 +47,30 @@ def find_resting(base: Optimizer, group: dict[str, Any], like: Tensor) -> Restin
     # Scattered, because whole rows or columns of zeros survive what single ones do not (Muon).
     active = torch.rand(4, 8, generator=generator).to(param) < 0.5
     *gradients, start = torch.where(active, noise, 0.0)
+    state = _try(base, group, param, start, gradients)
+    # An optimizer that needs a closure, say, cannot be tried; then nothing is taken for granted and
+    # its zeros are restored after every step.
+    return Resting() if state is None else _judge(param, active, state)
+
+
+def needs_matrices(base: Optimizer, group: dict[str, Any], like: Tensor) -> bool:
+    """Whether an optimizer trains matrices but not vectors, as Muon does."""
+    works = []
+    for shape in ((4, 8), (32,)):
+        param = Parameter(torch.zeros(shape, dtype=like.dtype, device=like.device))
+        start = torch.ones_like(param)
+        works.append(_try(base, group, param, start, [start, -start]) is not None)
+    return works == [True, False]
+
+
+def _try(
+    base: Optimizer,
+    group: dict[str, Any],
+    param: Parameter,
+    start: Tensor,
+    gradients: list[Tensor],
+) -> dict[str, Any] | None:
+    """State after a few steps from `start`, or None if the optimizer cannot make them."""
     for make in (_copy_of, _made_anew):
         with torch.no_grad():
             param.copy_(start)
@@ -58,11 +83,10 @@ def find_resting(base: Optimizer, group: dict[str, Any], like: Tensor) -> Restin
                     param.grad = gradient.clone()
                     step(trial)
         except Exception:
-            # An optimizer that needs a closure, say, cannot be tried; then nothing is taken for
-            # granted and its zeros are restored after every step.
             continue
-        return _judge(param, active, trial.state[param])
-    return Resting()
+        state: dict[str, Any] = trial.state[param]
+        return state
+    return None
 
 
 def _moving(group: dict[str, Any]) -> dict[str, Any]:
@@ -108,13 +132,51 @@ def shaped_state(state: dict[str, Any], param: Tensor) -> Iterator[tuple[str, Te
             yield key, value
 
 
-def reset_state(
-    base: Optimizer, param: Tensor, gone: Tensor, new: Tensor, fresh: dict[str, float]
+def carry_state(
+    base: Optimizer,
+    target: SparseTarget,
+    change: Callable[[], tuple[Tensor, Tensor]],
+    fresh: dict[str, float],
+) -> tuple[Tensor, Tensor]:
+    """Make an exchange of connections and take the optimizer's state along.
+
+    Args:
+        change: exchanges connections of the target, and returns the net (gone, new).
+        fresh: state key -> what a new connection starts with.
+    """
+    param = target.param
+    gone, new = change()
+
+    def moved(key: str, tensor: Tensor) -> Tensor:
+        return target.renewed(tensor, gone, new, fresh.get(key, 0.0))
+
+    if target.param is not param:
+        replace_parameter(base, param, target.param, moved)
+    else:
+        state: dict[str, Any] = base.state.get(param, {})
+        for key, tensor in list(shaped_state(state, param)):
+            state[key] = moved(key, tensor)
+    return gone, new
+
+
+def replace_parameter(
+    base: Optimizer, old: Parameter, new: Parameter, moved: Callable[[str, Tensor], Tensor]
 ) -> None:
-    """Zero the state of dropped weights and make that of grown ones fresh (flat indices)."""
-    for key, tensor in shaped_state(base.state.get(param, {}), param):
-        write_flat_(tensor, gone, 0.0)
-        write_flat_(tensor, new, fresh.get(key, 0.0))
+    """Let the optimizer train `new` in the place of `old`.
+
+    Args:
+        moved: (key, state tensor shaped like `old`) -> the same shaped like `new`.
+    """
+    for group in base.param_groups:
+        group["params"][:] = [new if held is old else held for held in group["params"]]
+    if old not in base.state:
+        return
+    state: dict[str, Any] = base.state.pop(old)
+    shaped = dict(shaped_state(state, old))
+    others = [v for k, v in state.items() if k not in shaped and isinstance(v, Tensor) and v.dim()]
+    if others:  # such as Adafactor's factors, which only fit the old shape: it starts anew
+        return
+    base.state[new] = {k: moved(k, v) if k in shaped else v for k, v in state.items()}
 
 
 def zero_inactive_state(base: Optimizer, param: Tensor, mask: Tensor) -> None:
@@ -123,12 +185,19 @@ def zero_inactive_state(base: Optimizer, param: Tensor, mask: Tensor) -> None:
         keep_where_(tensor, mask)
 
 
-def forget_history(base: Optimizer) -> None:
+def total_numel(base: Optimizer) -> int:
+    """Numbers that the optimizer trains."""
+    return sum(param.numel() for group in base.param_groups for param in group["params"])
+
+
+def forget_history(base: Optimizer, total: int) -> None:
     """Restart optimizers that keep vectors over all parameters together (as LBFGS does).
 
     Such a history spans weights that a mask change has just removed.
+
+    Args:
+        total: numbers that the optimizer trained before the change.
     """
-    total = sum(param.numel() for group in base.param_groups for param in group["params"])
     for param, state in base.state.items():
         whole = [v for v in state.values() if isinstance(v, Tensor) and v.shape == (total,)]
         if whole and param.shape != (total,):

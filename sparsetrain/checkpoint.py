@@ -3,47 +3,58 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from sparsetrain.config import did_you_mean
 from sparsetrain.recipe import Recipe
-from sparsetrain.storage.masked import MaskedTarget
+from sparsetrain.storage.bits import unpack_mask
+from sparsetrain.storage.csr.pattern import Pattern, as_matrix
+from sparsetrain.storage.csr.target import check_pattern_entry
+from sparsetrain.storage.masked import check_mask_entry
+from sparsetrain.targets import SparseTarget
 
 KEY = "sparsetrain"
 VERSION = 2
 
 
-def pack_mask(mask: Tensor) -> Tensor:
-    """Eight bools a byte: uint8 tensor [ceil(numel / 8)] on the CPU."""
-    return torch.from_numpy(np.packbits(mask.cpu().numpy().reshape(-1)))
-
-
-def unpack_mask(packed: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Inverse of `pack_mask`."""
-    count = int(np.prod(shape, dtype=np.int64))
-    bits = np.unpackbits(packed.cpu().numpy(), count=count)
-    return torch.from_numpy(bits.astype(bool)).reshape(shape)
-
-
-def describe_target(target: MaskedTarget) -> dict[str, Any]:
+def describe_target(target: SparseTarget) -> dict[str, Any]:
     """What is saved of one target."""
-    return {
-        "shape": list(target.shape),
-        "mask": pack_mask(target.mask),
-        **target.extra_state(),
-    }
+    return {"shape": list(target.shape), "storage": target.storage, **target.describe()}
 
 
-def check(saved: Any, recipe: Recipe, targets: Mapping[str, MaskedTarget], groups: int) -> None:
+def storage_of(entry: Mapping[str, Any]) -> str:
+    """How the weight of a saved target was held."""
+    storage = entry.get("storage", "masked")  # checkpoints before csr storage do not say
+    return str(storage)
+
+
+def mask_of(entry: Mapping[str, Any], target: SparseTarget) -> Tensor:
+    """The mask that a saved target describes, bool of the weight's shape."""
+    if storage_of(entry) == "masked":
+        return unpack_mask(entry["mask"], target.shape)
+    pattern = Pattern(as_matrix(target.shape), entry["row_pointers"], entry["columns"])
+    mask = torch.zeros(target.numel, dtype=torch.bool)
+    mask[pattern.flat()] = True
+    return mask.view(target.shape)
+
+
+def check(
+    saved: Any,
+    recipe: Recipe,
+    targets: Mapping[str, SparseTarget],
+    groups: int,
+    can_switch: Callable[[str], bool] = lambda name: False,
+) -> None:
     """Refuse a checkpoint that does not belong here or is damaged, before anything is changed.
 
     Args:
         groups: number of target groups, each of which has a memory.
+        can_switch: whether the weight of this name may be held as the checkpoint has it.
 
     Raises:
         ValueError: it has no masks, lacks a part, or is of another version, recipe, layer set or
@@ -68,11 +79,30 @@ def check(saved: Any, recipe: Recipe, targets: Mapping[str, MaskedTarget], group
     if not saved["tracker"].keys() >= {"idle", "idle_with_gradient", "explored"}:
         raise ValueError("the checkpoint is damaged: its 'tracker' is not whole")
     _check_recipe(json.loads(saved["recipe"]), recipe.to_dict())
-    _check_targets(saved["targets"], targets)
+    _check_targets(saved["targets"], targets, can_switch)
     if len(saved["memories"]) != groups:
         raise ValueError(f"the checkpoint has {len(saved['memories'])} target groups, not {groups}")
 
 
+def check_groups(state: Mapping[str, Any], base: Optimizer) -> None:
+    """Refuse a base optimizer's state that torch would refuse, before anything is changed.
+
+    Raises:
+        ValueError: it has other parameter groups.
+    """
+    there = [len(group["params"]) for group in state.get("param_groups", [])]
+    here = [len(group["params"]) for group in base.param_groups]
+    if there != here:
+        raise ValueError(
+            f"the checkpoint's parameter groups hold {there} tensors, the optimizer's {here}: "
+            "build the optimizer as it was built then"
+        )
+
+
+_CHECKS: dict[str, Callable[[str, tuple[int, ...], Mapping[str, Any]], None]] = {
+    "masked": check_mask_entry,
+    "csr": check_pattern_entry,
+}
 _PARTS: dict[str, type] = {
     "recipe": str,
     "step_count": int,
@@ -94,7 +124,11 @@ def _check_recipe(saved: Any, mine: Any, path: str = "recipe") -> None:
         )
 
 
-def _check_targets(saved: Mapping[str, Any], targets: Mapping[str, MaskedTarget]) -> None:
+def _check_targets(
+    saved: Mapping[str, Any],
+    targets: Mapping[str, SparseTarget],
+    can_switch: Callable[[str], bool],
+) -> None:
     for name in targets:
         if name not in saved:
             raise ValueError(
@@ -107,18 +141,27 @@ def _check_targets(saved: Mapping[str, Any], targets: Mapping[str, MaskedTarget]
                 f"the checkpoint has a mask for {name}, which is no target here"
                 f"{did_you_mean(name, targets)}"
             )
-        _check_target(name, entry, targets[name])
+        _check_target(name, entry, targets[name], can_switch)
 
 
-def _check_target(name: str, entry: Mapping[str, Any], target: MaskedTarget) -> None:
+def _check_target(
+    name: str,
+    entry: Mapping[str, Any],
+    target: SparseTarget,
+    can_switch: Callable[[str], bool],
+) -> None:
     shape = tuple(entry.get("shape", ()))
     if shape != target.shape:
         raise ValueError(f"{name} has shape {shape} in the checkpoint and {target.shape} here")
-    mask = entry.get("mask")
-    bytes_wanted = -(-target.numel // 8)
-    if not isinstance(mask, Tensor) or mask.dtype != torch.uint8 or mask.numel() != bytes_wanted:
-        raise ValueError(f"the checkpoint is damaged: the mask of {name} is not {bytes_wanted} B")
-    for key, mine in target.extra_state().items():
-        value = entry.get(key)
-        if not isinstance(value, Tensor) or value.shape != mine.shape:
-            raise ValueError(f"the checkpoint is damaged: the {key} weight of {name} is not whole")
+    storage = storage_of(entry)
+    if storage not in _CHECKS or (storage != target.storage and not can_switch(name)):
+        raise ValueError(
+            f"{name} is held as {storage_of(entry)} in the checkpoint and as {target.storage} "
+            "here: give the optimizer the same storage= as then"
+        )
+    try:
+        _CHECKS[storage](name, target.shape, entry)
+        if storage == target.storage:
+            target.check_entry(entry)
+    except ValueError as error:
+        raise ValueError(f"the checkpoint is damaged: {error}") from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,14 +14,17 @@ from torch.optim import Optimizer
 
 from sparsetrain import base_state, checkpoint
 from sparsetrain.base_state import Resting
+from sparsetrain.holding import Holder, Storage
 from sparsetrain.policies import Policy
-from sparsetrain.policies.group import TargetGroup
+from sparsetrain.policies.group import Exchanged, TargetGroup
 from sparsetrain.recipe import Assignment, Recipe
 from sparsetrain.report.events import LayerChange, UpdateEvent
+from sparsetrain.storage.csr.target import CsrTarget
 from sparsetrain.storage.latent import LatentTarget
-from sparsetrain.storage.masked import MaskedTarget
+from sparsetrain.switching import to_csr, to_masked
+from sparsetrain.targets import SparseTarget
 from sparsetrain.tracking import Tracker
-from sparsetrain.wiring import copy_to_device_of, held_by
+from sparsetrain.wiring import check_built, copy_to_device_of, held_by
 
 Listener = Callable[[UpdateEvent], None]
 
@@ -28,11 +32,12 @@ Listener = Callable[[UpdateEvent], None]
 class Keeper:
     """Targets, masks, clock, generator and policy memory of one `SparseOptimizer`."""
 
-    def __init__(self, base: Optimizer, recipe: Recipe, seed: int) -> None:
+    def __init__(self, base: Optimizer, recipe: Recipe, seed: int, storage: Storage) -> None:
         self.base = base
         self.recipe = recipe
+        self.holder = Holder(storage)
         self.step_count = 0
-        self.targets: dict[str, MaskedTarget] = {}
+        self.targets: dict[str, SparseTarget] = {}
         self.groups: list[tuple[Policy, TargetGroup]] = []
         self.waiting: list[Assignment] = []
         self.generator = torch.Generator().manual_seed(seed)
@@ -76,8 +81,11 @@ class Keeper:
             self.groups.append((policy, group))
             for target in group.targets:
                 self.targets[target.name] = target
-                target.begin(masks[target.name])
+                if not target.built:
+                    target.begin(masks[target.name])
                 self._zero_inactive_state(target)
+                self.holder.begin(policy, target)
+        self._settle()
 
     def adopt_waiting(self) -> None:
         """Look again at tensors that the base optimizer did not hold before."""
@@ -86,16 +94,17 @@ class Keeper:
 
     def _plan(self, assignment: Assignment) -> tuple[Policy, TargetGroup, dict[str, Tensor]]:
         policy = assignment.policy
-        storage = LatentTarget if policy.latent else MaskedTarget
-        group = self._new_group([storage(c.name, c.param) for c in assignment.candidates], {})
+        targets = [self.holder.target_of(policy, c) for c in assignment.candidates]
+        group = self._new_group(targets, {})
+        check_built(policy, group)
         return policy, group, policy.initial_masks(group)
 
-    def _new_group(self, targets: list[MaskedTarget], memory: dict[str, Any]) -> TargetGroup:
+    def _new_group(self, targets: list[SparseTarget], memory: dict[str, Any]) -> TargetGroup:
         return TargetGroup(
             targets=targets,
             generator=self.generator,
             state_of=lambda param: self.base.state.get(param, {}),
-            reset_state=self._reset_state,
+            carry_state=self._carry_state,
             memory=memory,
         )
 
@@ -108,6 +117,7 @@ class Keeper:
     @torch.no_grad()
     def prepare(self) -> None:
         """Before the base optimizer steps: gradients of inactive weights go."""
+        self.follow_layers()
         self._observe()
         for target in self.targets.values():
             target.before_step()
@@ -140,6 +150,8 @@ class Keeper:
     def after_step(self) -> None:
         """After the base optimizer stepped: exact zeros, then mask updates that are due."""
         for target in self.targets.values():
+            if not target.holds_zeros:
+                continue
             keeps_zeros = self._resting_of(target.param).keeps_zeros
             target.after_step(keeps_zeros)
             if not keeps_zeros:
@@ -151,6 +163,7 @@ class Keeper:
                 changes = self._commit(self._decide(self._is_due))
         finally:  # the base optimizer has stepped, so the clock moves whatever the masks do
             self.step_count += 1
+        self._settle()
         if changes is not None:
             self._tell(self.step_count - 1, changes)
 
@@ -164,6 +177,7 @@ class Keeper:
         self._count_step()
         changes = self._commit(decided)
         self.step_count += 1
+        self._settle()
         self._tell(self.step_count - 1, changes)
 
     @torch.no_grad()
@@ -203,9 +217,10 @@ class Keeper:
 
     def _commit(self, decided: list[TargetGroup]) -> list[LayerChange]:
         """Make the planned changes."""
+        numel = base_state.total_numel(self.base)
         changes = [change for group in decided for change in group.commit()]
         if any(change.dropped or change.grown for change in changes):
-            base_state.forget_history(self.base)
+            base_state.forget_history(self.base, numel)
         if self.tracker.explored is not None:
             self.tracker.explore(self.targets.values())
         return changes
@@ -232,24 +247,63 @@ class Keeper:
 
     def sparsity(self) -> float:
         """Share of zeros over all targets together, in [0, 1]."""
-        targets: Iterable[MaskedTarget] = self.targets.values()
+        targets: Iterable[SparseTarget] = self.targets.values()
         return 1.0 - sum(t.active for t in targets) / sum(t.numel for t in targets)
 
     @torch.no_grad()
-    def release(self) -> None:
+    def release(self, *, dense: bool) -> None:
         """Leave the masked weights in the model and forget everything else."""
-        for target in self.targets.values():
-            target.release()
+        self.holder.release()
         for _, group in self.groups:
+            for number, target in enumerate(group.targets):
+                if dense and isinstance(target, CsrTarget) and not target.built:
+                    self._exchange_target(group, number, self._masked(target))
+                group.targets[number].release()
             group.memory.clear()
+
+    # How weights are held.
+
+    def _settle(self) -> None:
+        """Hold weights by their non-zeros where that is wanted now, and watch their gradients."""
+        for policy, group in self.groups:
+            for number, target in enumerate(group.targets):
+                if self.holder.wants_csr(policy, target):
+                    held = to_csr(self.base, target, self.holder.owner_of(target))
+                    self._exchange_target(group, number, held)
+        self.watch_gradients()
+
+    def watch_gradients(self, *, always: bool = False) -> None:
+        """Tell the storages whether the next step needs the gradients of inactive weights."""
+        for policy, group in self.groups:
+            needed = policy.needs_dense_gradient(self.step_count)
+            needed |= always and policy.dense_gradient != "never"
+            for target in group.targets:
+                target.watch_gradient(needed)
+
+    def follow_layers(self) -> None:
+        """Train the values that sparse layers hold now; loading a state dict may replace them."""
+        for target in self.targets.values():
+            if isinstance(target, CsrTarget) and target.layer.values is not target.param:
+                old, target.param = target.param, target.layer.values
+                self.base.state.pop(old, None)
+                base_state.replace_parameter(self.base, old, target.param, lambda key, held: held)
+                self._group_index.clear()
+
+    def _exchange_target(self, group: TargetGroup, number: int, target: SparseTarget) -> None:
+        group.targets[number] = self.targets[target.name] = target
+        self._group_index.clear()
+
+    def _masked(self, target: CsrTarget) -> SparseTarget:
+        return to_masked(self.base, target, self._resting_of(target.param).fresh)
 
     # State of the base optimizer, weight by weight.
 
-    def _reset_state(self, param: Tensor, gone: Tensor, new: Tensor) -> None:
-        base_state.reset_state(self.base, param, gone, new, self._resting_of(param).fresh)
+    def _carry_state(self, target: SparseTarget, change: Callable[[], Exchanged]) -> Exchanged:
+        fresh = self._resting_of(target.param).fresh
+        return base_state.carry_state(self.base, target, change, fresh)
 
-    def _zero_inactive_state(self, target: MaskedTarget) -> None:
-        if not isinstance(target, LatentTarget):
+    def _zero_inactive_state(self, target: SparseTarget) -> None:
+        if target.holds_zeros and not isinstance(target, LatentTarget):
             base_state.zero_inactive_state(self.base, target.param, target.mask)
 
     def _resting_of(self, param: Tensor) -> Resting:
@@ -277,15 +331,40 @@ class Keeper:
             "tracker": self.tracker.state_dict(),
         }
 
+    def can_switch(self, name: str) -> bool:
+        """Whether a checkpoint may decide how a weight is held."""
+        return any(
+            target.name == name and self.holder.can_switch(policy, target)
+            for policy, group in self.groups
+            for target in group.targets
+        )
+
+    @torch.no_grad()
+    def match_storage(self, saved: dict[str, Any]) -> None:
+        """Hold each weight as a checkpoint does that `checkpoint.check` has accepted."""
+        self.follow_layers()
+        for _, group in self.groups:
+            for number, target in enumerate(group.targets):
+                entry = saved["targets"][target.name]
+                if isinstance(target, CsrTarget):
+                    if checkpoint.storage_of(entry) == "csr":
+                        self._carry_state(target, partial(target.take_pattern, entry))
+                    else:
+                        target = self._masked(target)
+                elif checkpoint.storage_of(entry) == "csr":
+                    target.replace_mask(checkpoint.mask_of(entry, target))
+                    target = to_csr(self.base, target, self.holder.owner_of(target))
+                self._exchange_target(group, number, target)
+
     @torch.no_grad()
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         """Inverse of `state_dict`, for a state that `checkpoint.check` has accepted."""
         self.step_count = int(saved["step_count"])
         self.generator.set_state(saved["generator"].cpu())
         for name, entry in saved["targets"].items():
-            target = self.targets[name]
-            target.restore(checkpoint.unpack_mask(entry["mask"], target.shape), entry)
+            self.targets[name].restore_entry(entry)
         for (_, group), memory in zip(self.groups, saved["memories"], strict=True):
             group.memory.clear()
             group.memory.update({k: copy_to_device_of(v, group) for k, v in memory.items()})
         self.tracker.load_state_dict(saved["tracker"])
+        self.watch_gradients()

@@ -13,11 +13,12 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from sparsetrain import checkpoint
+from sparsetrain.holding import Storage
 from sparsetrain.keeper import Keeper, Listener
 from sparsetrain.policies import Policy
 from sparsetrain.recipe import Recipe, assign
 from sparsetrain.report.summary import Summary, summarise
-from sparsetrain.storage.masked import MaskedTarget
+from sparsetrain.targets import SparseTarget
 from sparsetrain.wiring import check_arguments
 
 Hooks = OrderedDict[int, Any]
@@ -31,7 +32,9 @@ class SparseOptimizer(Optimizer):
         model: the model whose weights are made sparse; its structure is left alone.
         policy: a policy, a `Recipe`, a dict of either, or the path of a recipe file.
         seed: of the one random source that all mask decisions use.
-        storage: how sparse weights are held; "masked" keeps dense tensors with exact zeros.
+        storage: how sparse weights are held. "masked" keeps dense tensors with exact zeros; "csr"
+            keeps the non-zeros alone, for Linear and Conv2d layers that are sparse enough to be
+            faster so; "auto" measures that layer by layer after the first step.
 
     Raises:
         ValueError: the recipe does not fit the model; the message names the rule or layer.
@@ -56,7 +59,7 @@ class SparseOptimizer(Optimizer):
     ) -> None:
         check_arguments(optimizer, model, storage)
         recipe = Recipe.coerce(policy)
-        keeper = Keeper(optimizer, recipe, seed)
+        keeper = Keeper(optimizer, recipe, seed, cast(Storage, storage))
         keeper.adopt(assign(model, recipe))
         if not keeper.targets:
             raise ValueError(
@@ -141,7 +144,7 @@ class SparseOptimizer(Optimizer):
         return self._keeper.recipe
 
     @property
-    def targets(self) -> dict[str, MaskedTarget]:
+    def targets(self) -> dict[str, SparseTarget]:
         """Name -> the weight tensor that is held sparse."""
         return self._keeper.targets
 
@@ -163,8 +166,9 @@ class SparseOptimizer(Optimizer):
         return torch.zeros(())
 
     def summary(self) -> Summary:
-        """Table of targets: shape, density asked for and reached, active weights."""
-        return summarise(self._keeper.groups, self.step_count)
+        """Table of targets: shape, density asked for and reached, storage and why."""
+        keeper = self._keeper
+        return summarise(keeper.groups, self.step_count, keeper.holder.why)
 
     def density_history(self, name: str) -> tuple[float, float, float]:
         """How dense a weight is and was, for FLOPs.
@@ -195,6 +199,15 @@ class SparseOptimizer(Optimizer):
         self._require_live()
         self._keeper.update()
 
+    def expect_update(self) -> None:
+        """Announce a forced `update_masks` before the `backward` that it should look at.
+
+        Needed for csr storage only, which keeps gradients of inactive weights (as RigL and SNFS
+        read them) just for steps whose update is due.
+        """
+        self._require_live()
+        self._keeper.watch_gradients(always=True)
+
     @torch.no_grad()
     def apply_masks(self) -> None:
         """Zero inactive weights now, after something else wrote dense ones into the model."""
@@ -211,10 +224,15 @@ class SparseOptimizer(Optimizer):
         self._require_live()
         self._keeper.mask_gradients()
 
-    def finalize(self) -> None:
-        """Leave a plain model with exact zeros and a plain base optimizer; no step after this."""
+    def finalize(self, *, dense: bool = True) -> None:
+        """Leave a plain model with exact zeros and a plain base optimizer; no step after this.
+
+        Args:
+            dense: whether layers in csr storage become dense ones again. Otherwise they stay
+                `SparseLinear` and `SparseConv2d`, as layers do that were built so.
+        """
         self._require_live()
-        self._keeper.release()
+        self._keeper.release(dense=dense)
         self._pre.remove()
         self._post.remove()
         self._finalized = True
@@ -239,7 +257,8 @@ class SparseOptimizer(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore base optimizer, masks, clock, generator and policies from `state_dict`.
 
-        Load the model's own state dict too: weights live there. The caller's dict is not changed.
+        Load the model's own state dict too: weights live there. With csr storage load this first:
+        it makes the layers hold their weights as they did then. The caller's dict is not changed.
 
         Raises:
             ValueError: the checkpoint is of another policy, layer set or shape; nothing changed.
@@ -250,7 +269,10 @@ class SparseOptimizer(Optimizer):
             changed = pre_hook(self, state)
             state = state if changed is None else changed
         saved = state.pop(checkpoint.KEY, None)
-        checkpoint.check(saved, self.recipe, self.targets, len(self._keeper.groups))
+        keeper = self._keeper
+        checkpoint.check(saved, self.recipe, self.targets, len(keeper.groups), keeper.can_switch)
+        checkpoint.check_groups(state, self.base)
+        keeper.match_storage(saved)
         self.base.load_state_dict(state)
         self._keeper.load_state_dict(saved)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():

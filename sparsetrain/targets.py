@@ -5,12 +5,15 @@ from __future__ import annotations
 import fnmatch
 import re
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.nn.parameter import UninitializedParameter
+
+from sparsetrain.storage.csr.layers import SparseLayer
 
 _DENSE_PRODUCTS = (
     nn.Linear,
@@ -29,19 +32,38 @@ class SparseTarget(ABC):
 
     Policies speak to a target in index sets (flat, row-major, int64) and never assume that a
     dense mask or a dense weight exists.
+
+    Attributes:
+        name: of the weight in the model, whatever parameter stands for it.
+        param: the parameter that the optimizer trains for it.
+        shape: of the weight.
+        numel: weights, active or not.
     """
+
+    #: How the weight is held: the word for it in `storage=` and in the summary.
+    storage: ClassVar[str]
+    #: Whether inactive weights have a place in `param`, which has to be kept at 0.
+    holds_zeros: ClassVar[bool] = False
+    #: Whether the weight came sparse, so that no policy chooses its first mask.
+    built: bool = False
 
     def __init__(self, name: str, param: Parameter) -> None:
         self.name = name
         self.param = param
         self.shape = tuple(param.shape)
         self.numel = param.numel()
-        self.active = self.numel
+
+    @property
+    @abstractmethod
+    def active(self) -> int:
+        """Number of active weights."""
 
     @property
     def density(self) -> float:
         """Share of weights that are active, in [0, 1]."""
         return self.active / self.numel
+
+    # What policies ask.
 
     @property
     @abstractmethod
@@ -51,6 +73,10 @@ class SparseTarget(ABC):
     @abstractmethod
     def active_indices(self) -> Tensor:
         """Flat indices of the active weights, ascending."""
+
+    @abstractmethod
+    def at_active(self, tensor: Tensor) -> Tensor:
+        """Of a tensor shaped like `param`, the entries of active weights, as `active_indices`."""
 
     @abstractmethod
     def active_values(self, indices: Tensor) -> Tensor:
@@ -63,26 +89,116 @@ class SparseTarget(ABC):
     @abstractmethod
     def largest_free(self, scores: Tensor, count: int, freed: Tensor) -> Tensor:
         """Flat indices, ascending, of the `count` connections with the largest |score| among
-        those that are inactive and those at `freed`, which are about to be dropped."""
+        those that are inactive and those at `freed`, which are about to be dropped.
+
+        Args:
+            scores: of the weight's shape.
+
+        Raises:
+            ValueError: naming the layer, when such a score is NaN or infinite.
+        """
+
+    @property
+    @abstractmethod
+    def has_gradient(self) -> bool:
+        """Whether the last backward pass reached the weight."""
+
+    @abstractmethod
+    def whole_gradient(self) -> Tensor | None:
+        """The dense gradient, of the weight's shape, or None."""
+
+    @abstractmethod
+    def steepest_free(self, count: int, freed: Tensor) -> Tensor:
+        """As `largest_free`, by the dense gradient, which need not exist as a whole."""
+
+    # How masks change.
 
     @abstractmethod
     def exchange(
         self, dropped: Tensor, grown: Tensor, values: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Drop and grow connections; returns the net (dropped, grown) index sets."""
+        """Drop and grow connections; those in both sets stay as they are.
+
+        Args:
+            dropped: flat indices that are active now, int64.
+            grown: flat indices to be active, none of them a kept connection, int64.
+            values: start values of `grown`, 0 when None; used only where really new.
+
+        Returns:
+            The net index sets: weights that went inactive, and weights that are new.
+        """
+
+    @abstractmethod
+    def renewed(self, tensor: Tensor, gone: Tensor, new: Tensor, fresh: float) -> Tensor:
+        """Optimizer state after the last exchange: survivors keep theirs, `new` gets `fresh`.
+
+        Args:
+            tensor: as `param` was shaped before the exchange.
+        """
+
+    def begin(self, mask: Tensor) -> None:
+        """Install the first mask."""
+
+    def release(self) -> None:
+        """Forget everything but the weight itself."""
 
     @abstractmethod
     def replace_mask(self, mask: Tensor) -> tuple[int, int]:
         """Install a whole new mask; returns how many weights were (dropped, grown)."""
 
+    # Around a step. A storage that holds nothing but active weights has nothing to do here.
+
+    def watch_gradient(self, wanted: bool) -> None:
+        """Be told whether the next step needs the gradient of inactive weights."""
+
+    def check_gradient(self) -> None:
+        """Refuse a gradient that the storage cannot work with."""
+
+    def check_outside_writes(self) -> None:
+        """Repair what somebody else wrote to the weight."""
+
+    def mask_gradient(self) -> None:
+        """Set the gradient to 0 where inactive."""
+
+    def mask_weight(self) -> None:
+        """Set the weight to 0 where inactive."""
+
+    def before_step(self) -> None:
+        """Get ready for the base optimizer."""
+
+    def after_step(self, keeps_zeros: bool) -> None:
+        """Leave exact zeros behind the base optimizer."""
+
+    def conceal(self) -> None:
+        """Show the forward pass the masked weight."""
+
+    # Checkpoints.
+
+    @abstractmethod
+    def describe(self) -> dict[str, Any]:
+        """What a checkpoint holds of the target beside its shape."""
+
+    @abstractmethod
+    def check_entry(self, entry: Mapping[str, Any]) -> None:
+        """Refuse what a checkpoint says of the target, with the reason, before anything changes."""
+
+    @abstractmethod
+    def restore_entry(self, entry: Mapping[str, Any]) -> None:
+        """Take what a checkpoint says, which `check_entry` has accepted."""
+
 
 @dataclass
 class Candidate:
-    """A parameter of a model with every name and module it is reachable by (tied weights)."""
+    """A parameter of a model with every name and module it is reachable by (tied weights).
+
+    The weight of a `SparseLinear` goes by the name `weight`, as if it were dense, so that rules and
+    checkpoints say the same of a layer however it is held.
+    """
 
     name: str
     param: Parameter
     names: list[str] = field(default_factory=list)
+    owners: list[nn.Module] = field(default_factory=list)
     module_types: set[str] = field(default_factory=set)
     is_product: bool = False
     is_embedding: bool = False
@@ -93,7 +209,13 @@ class Candidate:
         leaf = self.name.rpartition(".")[2]
         # Floats of one byte have no arithmetic: they are stored, not trained.
         trains = self.param.is_floating_point() and self.param.element_size() > 1
-        return trains and self.param.dim() >= 2 and not leaf.startswith("bias")
+        is_matrix = self.param.dim() >= 2 or self.is_built
+        return trains and is_matrix and not leaf.startswith("bias")
+
+    @property
+    def is_built(self) -> bool:
+        """Whether it is the vector of non-zeros of a sparse layer."""
+        return any(isinstance(m, SparseLayer) and m.values is self.param for m in self.owners)
 
     @property
     def is_weight(self) -> bool:
@@ -134,8 +256,12 @@ def find_candidates(model: nn.Module) -> list[Candidate]:
                 raise ValueError(
                     f"{name} is not initialised yet: run the model on one batch before wrapping"
                 )
+            if isinstance(module, SparseLayer) and leaf == "values":
+                leaf = "weight"
+                name = f"{module_name}.{leaf}" if module_name else leaf
             candidate = found.setdefault(id(param), Candidate(name, param))
             candidate.names.append(name)
+            candidate.owners.append(module)
             candidate.module_types.update(base.__name__ for base in type(module).__mro__)
             candidate.is_product |= _is_product_weight(module, leaf)
             candidate.is_embedding |= isinstance(module, (nn.Embedding, nn.EmbeddingBag))

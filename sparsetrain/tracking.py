@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from sparsetrain.checkpoint import pack_mask
-from sparsetrain.storage.masked import MaskedTarget
+from sparsetrain.storage.bits import pack_mask
+from sparsetrain.targets import SparseTarget
 
 
 class Tracker:
@@ -21,7 +21,8 @@ class Tracker:
     Attributes:
         idle: layer -> inactive weights, summed over the steps.
         idle_with_gradient: the same over the steps that took the dense gradient all the same.
-        explored: layer -> bits of the weights that were ever active, or None.
+        explored: layer -> the weights that were ever active, or None: bits (uint8), or sorted flat
+            indices (int64) for weights that are not held densely.
     """
 
     def __init__(self) -> None:
@@ -29,7 +30,7 @@ class Tracker:
         self.idle_with_gradient: dict[str, int] = {}
         self.explored: dict[str, torch.Tensor] | None = None
 
-    def count_step(self, targets: Iterable[MaskedTarget], dense_gradient: bool) -> None:
+    def count_step(self, targets: Iterable[SparseTarget], dense_gradient: bool) -> None:
         """Add one training step: inactive weights, and whether it took the dense gradient."""
         for target in targets:
             name, idle = target.name, target.numel - target.active
@@ -37,7 +38,7 @@ class Tracker:
             if dense_gradient:
                 self.idle_with_gradient[name] = self.idle_with_gradient.get(name, 0) + idle
 
-    def history(self, target: MaskedTarget, steps: int) -> tuple[float, float]:
+    def history(self, target: SparseTarget, steps: int) -> tuple[float, float]:
         """Mean density over the steps so far, and the mean share of weights that were inactive but
         took a gradient. A weight counts as dense before it became a target."""
         if steps == 0:
@@ -46,21 +47,19 @@ class Tracker:
         mean = 1.0 - self.idle.get(name, 0) / weight_steps
         return mean, self.idle_with_gradient.get(name, 0) / weight_steps
 
-    def explore(self, targets: Iterable[MaskedTarget]) -> None:
+    def explore(self, targets: Iterable[SparseTarget]) -> None:
         """Take the active weights into the ever-active set (begins it at the first call)."""
         if self.explored is None:
             self.explored = {}
         for target in targets:
-            now = pack_mask(target.mask)
             seen = self.explored.get(target.name)
-            self.explored[target.name] = now if seen is None else seen | now
+            self.explored[target.name] = _joined(target, seen)
 
     def exploration_rate(self, total: int) -> float:
         """Share of all target weights that were ever active, in [0, 1]; NaN when not tracked."""
         if self.explored is None:
             return float("nan")
-        bits = sum(int(np.bitwise_count(p.numpy()).sum()) for p in self.explored.values())
-        return bits / total
+        return sum(_count(seen) for seen in self.explored.values()) / total
 
     def state_dict(self) -> dict[str, Any]:
         """Plain numbers and tensors for the checkpoint."""
@@ -78,3 +77,19 @@ class Tracker:
             self.explored = {name: bits.clone() for name, bits in explored.items()}
         elif self.explored is not None:
             self.explored = {}
+
+
+def _joined(target: SparseTarget, seen: torch.Tensor | None) -> torch.Tensor:
+    """The weights of `seen` and those that are active now."""
+    if seen is None:
+        return pack_mask(target.mask) if target.holds_zeros else target.active_indices()
+    if seen.dtype == torch.uint8:
+        return seen | pack_mask(target.mask)
+    joined: torch.Tensor = torch.unique(torch.cat([seen, target.active_indices()]))
+    return joined
+
+
+def _count(seen: torch.Tensor) -> int:
+    if seen.dtype == torch.uint8:
+        return int(np.bitwise_count(seen.numpy()).sum())
+    return seen.numel()

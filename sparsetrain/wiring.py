@@ -8,10 +8,12 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from sparsetrain.policies import Policy
+from sparsetrain.policies.base import DynamicPolicy
 from sparsetrain.policies.group import TargetGroup
 from sparsetrain.recipe import Assignment
 
-_STORAGES = ("masked",)
+_STORAGES = ("masked", "csr", "auto")
 
 
 def check_arguments(optimizer: Any, model: Any, storage: str) -> None:
@@ -27,6 +29,11 @@ def check_arguments(optimizer: Any, model: Any, storage: str) -> None:
             raise ValueError("optimizer is wrapped already: finalize() the first wrapper")
     if storage not in _STORAGES:
         raise ValueError(f"storage {storage!r} is not one of {', '.join(_STORAGES)}")
+    if storage != "masked" and _has_peers():
+        raise ValueError(
+            f"storage {storage!r} trains in one process: its gradients of inactive weights are not "
+            "averaged over ranks; use storage='masked' in a distributed run"
+        )
 
 
 def held_by(
@@ -45,11 +52,38 @@ def held_by(
     return held, waiting
 
 
+def check_built(policy: Policy, group: TargetGroup) -> None:
+    """Refuse layers that were built sparse with another number of connections than allocated.
+
+    A policy that starts dense takes away connections, so it may begin with any number.
+    """
+    built = [target for target in group.targets if target.built]
+    if not built or (isinstance(policy, DynamicPolicy) and policy.starts_dense):
+        return
+    counts = policy.counts(group)
+    for target in built:
+        if counts[target.name] != target.active:
+            raise ValueError(
+                f"{target.name} is built with {target.active:,} of {target.numel:,} connections "
+                f"and the policy allocates {counts[target.name]:,}: give the policy "
+                "allocation='as_built' (and no sparsity), or build the layer with that density"
+            )
+
+
 def copy_to_device_of(value: Any, group: TargetGroup) -> Any:
     """A copy of a saved memory entry, tensors on the device of the group's weights."""
     if isinstance(value, torch.Tensor):
         return value.to(group.targets[0].param.device, copy=True)
     return value
+
+
+def _has_peers() -> bool:
+    distributed = torch.distributed
+    return (
+        distributed.is_available()
+        and distributed.is_initialized()
+        and distributed.get_world_size() > 1
+    )
 
 
 def _type(value: Any) -> str:

@@ -15,11 +15,13 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 import sparsetrain as st
 from sparsetrain.base_state import (
     Resting,
+    carry_state,
     find_resting,
     forget_history,
-    reset_state,
+    total_numel,
     zero_inactive_state,
 )
+from sparsetrain.storage.masked import MaskedTarget
 
 # Muon turns whole rows; the others hold something other than 0 for a weight at rest.
 MOVE_ZEROS = {"adamax", "adagrad", "rprop", "lbfgs", "muon"}
@@ -188,6 +190,16 @@ def filled() -> tuple[nn.Parameter, torch.optim.Optimizer, dict[str, Any]]:
     return param, base, copy.deepcopy(base.state[param])
 
 
+def reset_state(
+    base: torch.optim.Optimizer,
+    param: nn.Parameter,
+    gone: torch.Tensor,
+    new: torch.Tensor,
+    fresh: dict[str, float],
+) -> None:
+    carry_state(base, MaskedTarget("weight", param), lambda: (gone, new), fresh)
+
+
 def test_resetting_writes_only_state_of_the_weights_shape() -> None:
     param, base, before = filled()
     gone, new = torch.tensor([0, 7]), torch.tensor([14])
@@ -233,7 +245,7 @@ def test_only_histories_of_whole_updates_are_forgotten(name: str) -> None:
     base = OPTIMIZERS[name](model.parameters())
     train(model, base, 0, 2)
     before = copy.deepcopy(base.state_dict()["state"])
-    forget_history(base)
+    forget_history(base, total_numel(base))
     if name == "lbfgs":
         assert any(isinstance(value, list) for value in before[0].values())
         assert not any(base.state.values())

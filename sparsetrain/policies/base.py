@@ -84,7 +84,8 @@ class Policy(Kinded):
         for target in group.targets:
             self.structure.check(target.shape, target.name)
             quantum = self.structure.quantum(target.shape)
-            shapes.append(LayerShape(target.name, target.shape, quantum))
+            built = target.active if target.built else None
+            shapes.append(LayerShape(target.name, target.shape, quantum, built))
         return shapes
 
     def counts(self, group: TargetGroup) -> dict[str, int]:
@@ -102,7 +103,7 @@ class Policy(Kinded):
         return {t.name: counts[t.name] / t.numel for t in group.targets}
 
     def initial_masks(self, group: TargetGroup) -> dict[str, Tensor]:
-        """Masks to begin with; must not change model, targets or optimizer."""
+        """Masks of `group.to_choose` to begin with; must not change model, targets or optimizer."""
         return random_masks(self, group)
 
     def update_is_due(self, step: int) -> bool:
@@ -161,7 +162,7 @@ def random_masks(policy: Policy, group: TargetGroup) -> dict[str, Tensor]:
     """Random masks with exactly the allocated counts."""
     counts = policy.counts(group)
     masks = {}
-    for target in group.targets:
+    for target in group.to_choose:
         scores = torch.rand(target.shape, generator=group.generator)
         masks[target.name] = select(scores, counts[target.name], policy.structure, name=target.name)
     return masks
@@ -172,10 +173,10 @@ def scored_masks(policy: Policy, group: TargetGroup, score: Score) -> dict[str, 
     counts = policy.counts(group)
     scores = {
         t.name: score.of(t.name, t.param, group.state_of(t.param), group.generator)
-        for t in group.targets
+        for t in group.to_choose
     }
     if isinstance(policy.allocation, Global) and isinstance(policy.structure, Unstructured):
-        return top_k_across(scores, sum(counts.values()))
+        return top_k_across(scores, sum(counts[name] for name in scores))
     return {
         name: select(values, counts[name], policy.structure, name=name)
         for name, values in scores.items()

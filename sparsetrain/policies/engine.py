@@ -7,14 +7,14 @@ keeps its value and its optimizer state (as in the authors' code of RigL and SET
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from sparsetrain.policies.group import TargetGroup
+from sparsetrain.random_choice import random_ranks
 from sparsetrain.selection import group_top_k
-from sparsetrain.storage.masked import MaskedTarget
 from sparsetrain.structures import Structure, Unstructured
+from sparsetrain.targets import SparseTarget
 
 
 def without(indices: Tensor, removed: Tensor) -> Tensor:
@@ -37,25 +37,9 @@ def random_free(numel: int, kept: Tensor, count: int, generator: torch.Generator
     return ranks + torch.searchsorted(before, ranks, right=True)
 
 
-def random_ranks(population: int, count: int, generator: torch.Generator) -> Tensor:
-    """`count` distinct integers below `population`, uniformly at random, ascending."""
-    if count > population:
-        raise ValueError(f"cannot choose {count} of {population} connections")
-    if 4 * count >= population:
-        return torch.randperm(population, generator=generator)[:count].sort().values
-    draws = np.empty(0, dtype=np.int64)
-    while True:  # more than 3/4 of the draws are new, so this ends after a round or two
-        more = torch.randint(population, (count + count // 8 + 16,), generator=generator)
-        draws = np.concatenate([draws, more.numpy()])
-        values, first = np.unique(draws, return_index=True)
-        if values.size >= count:
-            chosen = values[np.argsort(first, kind="stable")[:count]]
-            return torch.from_numpy(np.sort(chosen))
-
-
 def drop_and_grow_units(
     group: TargetGroup,
-    target: MaskedTarget,
+    target: SparseTarget,
     fraction: float,
     drop_scores: Tensor,
     grow_scores: Tensor,

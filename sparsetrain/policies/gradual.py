@@ -15,7 +15,7 @@ from sparsetrain.policies.group import TargetGroup
 from sparsetrain.schedules import Schedule, UpdateSchedule
 from sparsetrain.scores import Magnitude, ScoreField
 from sparsetrain.selection import bottom_k_indices, select, top_k_across
-from sparsetrain.storage.masked import MaskedTarget
+from sparsetrain.targets import SparseTarget
 
 _EMPTY = torch.empty(0, dtype=torch.int64)
 
@@ -58,9 +58,9 @@ class Gradual(DynamicPolicy):
         """The weights of largest magnitude at `initial_sparsity` (all of them when it is 0)."""
         self.counts(group)  # the end has to be reachable; better told now than then
         counts = self._counts_at(group, self.initial_sparsity)
-        magnitudes = {t.name: t.param.detach().abs() for t in group.targets}
+        magnitudes = {t.name: t.param.detach().abs() for t in group.to_choose}
         if isinstance(self.allocation, Global):
-            return top_k_across(magnitudes, sum(counts.values()))
+            return top_k_across(magnitudes, sum(counts[name] for name in magnitudes))
         return {
             name: select(values, counts[name], self.structure, name=name)
             for name, values in magnitudes.items()
@@ -98,11 +98,11 @@ class Gradual(DynamicPolicy):
         return allocate(self.allocation, self.layer_shapes(group), sparsity, limits)
 
     def _drop_to(
-        self, group: TargetGroup, target: MaskedTarget, scores: Tensor, count: int
+        self, group: TargetGroup, target: SparseTarget, scores: Tensor, count: int
     ) -> None:
         if is_unstructured(self.structure):
             active = target.active_indices()
-            values = scores.reshape(-1)[active]
+            values = target.at_active(scores)
             gone = active[bottom_k_indices(values, target.active - count, name=target.name)]
         else:
             last = scores.min() - 1
@@ -114,7 +114,7 @@ class Gradual(DynamicPolicy):
     def _drop_across(self, group: TargetGroup, scores: dict[str, Tensor], total: int) -> None:
         """One ranking over all active weights of the group."""
         active = {t.name: t.active_indices() for t in group.targets}
-        values = {name: scores[name].reshape(-1)[at] for name, at in active.items()}
+        values = {t.name: t.at_active(scores[t.name]) for t in group.targets}
         keep = top_k_across(values, min(total, sum(v.numel() for v in values.values())))
         for target in group.targets:
             gone = active[target.name][~keep[target.name]]

@@ -10,7 +10,10 @@ import torch
 from torch import Tensor
 
 from sparsetrain.report.events import LayerChange
-from sparsetrain.storage.masked import MaskedTarget
+from sparsetrain.targets import SparseTarget
+
+#: Flat indices of weights that went inactive, and of those that are new.
+Exchanged = tuple[Tensor, Tensor]
 
 
 @dataclass
@@ -21,24 +24,30 @@ class TargetGroup:
         targets: in model order.
         generator: the optimizer's one random source (CPU).
         state_of: the base optimizer's state of a parameter.
-        reset_state: (parameter, gone, new) -> None; makes optimizer state fresh at flat indices.
+        carry_state: (target, change) -> what the change returns; makes an exchange and takes the
+            optimizer's state along.
         memory: tensors and numbers the policy keeps between steps; saved in checkpoints.
     """
 
-    targets: list[MaskedTarget]
+    targets: list[SparseTarget]
     generator: torch.Generator
     state_of: Callable[[Tensor], Mapping[str, Any]]
-    reset_state: Callable[[Tensor, Tensor, Tensor], None]
+    carry_state: Callable[[SparseTarget, Callable[[], Exchanged]], Exchanged]
     memory: dict[str, Any] = field(default_factory=dict)
     _planned: list[Callable[[], LayerChange]] = field(default_factory=list)
 
-    def with_gradients(self, kind: str) -> list[MaskedTarget]:
+    @property
+    def to_choose(self) -> list[SparseTarget]:
+        """The targets whose first mask is the policy's choice; others came sparse."""
+        return [target for target in self.targets if not target.built]
+
+    def with_gradients(self, kind: str) -> list[SparseTarget]:
         """The targets that got a gradient; a layer that the step did not use has none.
 
         Raises:
             ValueError: no target has one.
         """
-        found = [target for target in self.targets if target.param.grad is not None]
+        found = [target for target in self.targets if target.has_gradient]
         if not found:
             raise ValueError(
                 f"policy {kind!r} needs the gradient of {self.targets[0].name}: call backward() "
@@ -48,7 +57,7 @@ class TargetGroup:
 
     def exchange(
         self,
-        target: MaskedTarget,
+        target: SparseTarget,
         dropped: Tensor,
         grown: Tensor,
         values: Tensor | None = None,
@@ -56,13 +65,12 @@ class TargetGroup:
         """Plan to drop and grow connections of a target; optimizer state of both starts afresh."""
 
         def change() -> LayerChange:
-            gone, new = target.exchange(dropped, grown, values)
-            self.reset_state(target.param, gone, new)
+            gone, new = self.carry_state(target, lambda: target.exchange(dropped, grown, values))
             return _change_of(target, gone.numel(), new.numel())
 
         self._planned.append(change)
 
-    def replace_mask(self, target: MaskedTarget, mask: Tensor) -> None:
+    def replace_mask(self, target: SparseTarget, mask: Tensor) -> None:
         """Plan a whole new mask (for latent weights, whose optimizer state stays dense)."""
         self._planned.append(lambda: _change_of(target, *target.replace_mask(mask)))
 
@@ -77,5 +85,5 @@ class TargetGroup:
         self._planned.clear()
 
 
-def _change_of(target: MaskedTarget, dropped: int, grown: int) -> LayerChange:
+def _change_of(target: SparseTarget, dropped: int, grown: int) -> LayerChange:
     return LayerChange(target.name, dropped, grown, target.active, target.numel)

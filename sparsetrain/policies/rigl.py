@@ -35,12 +35,12 @@ class RigL(DynamicPolicy):
         """Drop by magnitude, grow by gradient."""
         fraction = self.drop_fraction.at(self.progress(step))
         for target in group.with_gradients(self.kind):
-            gradient = gradient_of(target.name, target.param, self.kind)
             if is_unstructured(self.structure):
                 count = int(fraction * target.active)
                 dropped = target.least_active(count)
-                group.exchange(target, dropped, target.largest_free(gradient, count, dropped))
+                group.exchange(target, dropped, target.steepest_free(count, dropped))
             else:
+                gradient = gradient_of(target.name, target.param, self.kind)
                 drop_and_grow_units(
                     group,
                     target,

@@ -18,7 +18,7 @@ from sparsetrain.policies.engine import (
 from sparsetrain.policies.group import TargetGroup
 from sparsetrain.schedules import ConstantFraction, as_schedule
 from sparsetrain.selection import bottom_k_indices
-from sparsetrain.storage.masked import MaskedTarget
+from sparsetrain.targets import SparseTarget
 
 
 class SET(DynamicPolicy):
@@ -73,7 +73,7 @@ class SET(DynamicPolicy):
             grown = random_free(target.numel, kept, dropped.numel(), group.generator)
             group.exchange(target, dropped, grown, self._start_values(group, target, grown.numel()))
 
-    def _start_values(self, group: TargetGroup, target: MaskedTarget, count: int) -> Tensor | None:
+    def _start_values(self, group: TargetGroup, target: SparseTarget, count: int) -> Tensor | None:
         """New weights drawn from a normal, or None for zeros."""
         if self.grow_std == 0:
             return None

@@ -15,8 +15,7 @@ from sparsetrain.policies.base import DynamicPolicy
 from sparsetrain.policies.engine import is_unstructured
 from sparsetrain.policies.group import TargetGroup
 from sparsetrain.schedules import CosineFraction, as_schedule
-from sparsetrain.scores.base import gradient_of
-from sparsetrain.storage.masked import MaskedTarget
+from sparsetrain.targets import SparseTarget
 
 #: Layers with fewer zeros than this drop at most their share of zeros while they grow.
 _NEARLY_DENSE = 0.2
@@ -61,10 +60,11 @@ class SNFS(DynamicPolicy):
             group.memory.clear()
             return
         for target in group.targets:
-            if target.param.grad is None:
+            gradient = target.whole_gradient()
+            if gradient is None:
                 continue
             # A NaN of one batch would stay in the running mean for good.
-            gradient = torch.nan_to_num(target.param.grad.detach(), 0.0, 0.0, 0.0)
+            gradient = torch.nan_to_num(gradient, 0.0, 0.0, 0.0)
             mean = group.memory.get(target.name)
             if mean is None:
                 mean = torch.zeros_like(gradient)
@@ -76,7 +76,7 @@ class SNFS(DynamicPolicy):
         targets = [target for target in group.targets if target.name in group.memory]
         if not targets:
             targets = group.with_gradients(self.kind)  # no step yet: the gradient that is there
-        momenta = {t.name: self._momentum_of(t, group) for t in targets}
+        momenta = {t.name: _momentum_of(t, group) for t in targets}
         claims = _claims(targets, momenta)
         counts = {t.name: _drop_count(t, fraction, claims) for t in targets}
         room = {t.name: t.numel - t.active + counts[t.name] for t in targets}
@@ -87,15 +87,17 @@ class SNFS(DynamicPolicy):
             grown = target.largest_free(momenta[name], growth[name], dropped)
             group.exchange(target, dropped, grown)
 
-    def _momentum_of(self, target: MaskedTarget, group: TargetGroup) -> Tensor:
-        """The momentum, of the weight's shape."""
-        mean: Tensor | None = group.memory.get(target.name)
-        if mean is None:
-            mean = gradient_of(target.name, target.param, self.kind)
-        return mean
+
+def _momentum_of(target: SparseTarget, group: TargetGroup) -> Tensor:
+    """The momentum, of the weight's shape."""
+    mean: Tensor | None = group.memory.get(target.name)
+    if mean is None:
+        mean = target.whole_gradient()
+    assert mean is not None  # asked of targets that have one of them
+    return mean
 
 
-def _claims(targets: list[MaskedTarget], momenta: dict[str, Tensor]) -> dict[str, float]:
+def _claims(targets: list[SparseTarget], momenta: dict[str, Tensor]) -> dict[str, float]:
     """Share of the growth for each layer: its mean momentum magnitude over active weights."""
     means = {}
     for target in targets:
@@ -108,7 +110,7 @@ def _claims(targets: list[MaskedTarget], momenta: dict[str, Tensor]) -> dict[str
     return {name: mean / total if total else 1 / len(means) for name, mean in means.items()}
 
 
-def _drop_count(target: MaskedTarget, fraction: float, claims: dict[str, float]) -> int:
+def _drop_count(target: SparseTarget, fraction: float, claims: dict[str, float]) -> int:
     """Connections that a layer drops, rounded up as in the authors' code.
 
     A nearly dense layer that claims more than an equal share would only regrow what it drops.

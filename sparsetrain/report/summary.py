@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +25,8 @@ class SummaryRow:
     density: float
     active: int
     total: int
+    storage: str
+    why: str
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,7 @@ class Summary:
             table.add_column(heading)
         for heading in ("target", "density", "active", "weights"):
             table.add_column(heading, justify="right")
+        table.add_column("held as")
         for row in self.rows:
             table.add_row(
                 row.name,
@@ -63,6 +66,7 @@ class Summary:
                 f"{row.density:.2%}",
                 f"{row.active:,}",
                 f"{row.total:,}",
+                f"{row.storage} ({row.why})" if row.why else row.storage,
             )
         return table
 
@@ -73,8 +77,14 @@ class Summary:
         return capture.get()
 
 
-def summarise(groups: Iterable[tuple[Policy, TargetGroup]], step: int) -> Summary:
-    """Collect the summary of all targets, in the order of their groups."""
+def summarise(
+    groups: Iterable[tuple[Policy, TargetGroup]], step: int, why: Mapping[str, str]
+) -> Summary:
+    """Collect the summary of all targets, in the order of their groups.
+
+    Args:
+        why: name of a weight -> why it is held as it is.
+    """
     rows = []
     for policy, group in groups:
         wanted = policy.target_densities(group)
@@ -88,6 +98,8 @@ def summarise(groups: Iterable[tuple[Policy, TargetGroup]], step: int) -> Summar
                     density=target.density,
                     active=target.active,
                     total=target.numel,
+                    storage=target.storage,
+                    why=why.get(target.name, ""),
                 )
             )
     return Summary(step, tuple(rows))

@@ -66,7 +66,7 @@ class LatentTarget(MaskedTarget):
         """Conceal the stepped latent weights."""
         self.conceal()
 
-    def extra_state(self) -> dict[str, Any]:
+    def extra_state(self) -> dict[str, Tensor]:
         """The latent weight."""
         return {"latent": self.latent_weight().clone()}
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -9,6 +11,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from sparsetrain.selection import extreme_indices
+from sparsetrain.storage.bits import pack_mask, unpack_mask
 from sparsetrain.storage.kernels import (
     first_unset,
     is_set_at,
@@ -22,13 +25,21 @@ from sparsetrain.targets import SparseTarget
 class MaskedTarget(SparseTarget):
     """A dense parameter and one bool a weight; inactive weights and gradients are exactly 0."""
 
+    storage = "masked"
+    holds_zeros = True
+
     def __init__(self, name: str, param: Parameter) -> None:
         super().__init__(name, param)
         self._mask = torch.ones(param.shape, dtype=torch.bool, device=param.device)
-        self.active = param.numel()
+        self._active = param.numel()
         self._seen_version = -1
         self._sample = (0,) * param.dim()
         self._original: Tensor | None = None
+
+    @property
+    def active(self) -> int:
+        """Number of active weights."""
+        return self._active
 
     @property
     def mask(self) -> Tensor:
@@ -38,6 +49,10 @@ class MaskedTarget(SparseTarget):
     def active_indices(self) -> Tensor:
         """Flat indices of the active weights, int64, ascending."""
         return self._mask.view(-1).nonzero().view(-1)
+
+    def at_active(self, tensor: Tensor) -> Tensor:
+        """Entries at the active weights, in the order of `active_indices`."""
+        return tensor.reshape(-1)[self.active_indices()]
 
     def active_values(self, indices: Tensor) -> Tensor:
         """Weights at flat `indices`, as they stand in the forward pass."""
@@ -49,18 +64,26 @@ class MaskedTarget(SparseTarget):
         return extreme_indices(weight, self._mask, count, among=True, largest=False, name=self.name)
 
     def largest_free(self, scores: Tensor, count: int, freed: Tensor) -> Tensor:
-        """Flat indices, ascending, of the `count` largest |scores| where inactive or `freed`.
-
-        Args:
-            scores: of the weight's shape.
-            freed: flat indices of active weights that may be grown again.
-
-        Raises:
-            ValueError: naming the layer, when such a score is NaN or infinite.
-        """
+        """Flat indices, ascending, of the `count` largest |scores| where inactive or `freed`."""
         taken = self._mask.clone()
         taken.view(-1)[freed] = False
         return extreme_indices(scores, taken, count, among=False, largest=True, name=self.name)
+
+    @property
+    def has_gradient(self) -> bool:
+        """Whether the last backward pass reached the weight."""
+        return self.param.grad is not None
+
+    def whole_gradient(self) -> Tensor | None:
+        """The dense gradient, which the parameter has anyway."""
+        return None if self.param.grad is None else self.param.grad.detach()
+
+    def steepest_free(self, count: int, freed: Tensor) -> Tensor:
+        """As `largest_free`, by the dense gradient."""
+        gradient = self.whole_gradient()
+        if gradient is None:
+            raise ValueError(f"{self.name} has no gradient: call backward() before the update")
+        return self.largest_free(gradient, count, freed)
 
     def begin(self, mask: Tensor) -> None:
         """Install the first mask. The dense weights are remembered until the first step.
@@ -79,32 +102,29 @@ class MaskedTarget(SparseTarget):
         active = int(mask.sum())
         dropped = self.active + grown - active
         self._mask = mask.contiguous()
-        self.active = active
+        self._active = active
         self.mask_weight()
         return dropped, grown
 
     def exchange(
         self, dropped: Tensor, grown: Tensor, values: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Drop and grow connections; those in both sets stay as they are.
-
-        Args:
-            dropped: flat indices that are active now, int64.
-            grown: flat indices to be active, none of them a kept connection, int64.
-            values: start values of `grown`, 0 when None; used only where really new.
-
-        Returns:
-            The net index sets: weights that went inactive, and weights that are new.
-        """
+        """Drop and grow connections; those in both sets stay as they are."""
         flat = self._mask.view(-1)
         fresh = ~flat[grown]
         flat[dropped] = False
         flat[grown] = True
         gone = dropped[~flat[dropped]]
         new = grown[fresh]
-        self.active += new.numel() - gone.numel()
+        self._active += new.numel() - gone.numel()
         self._write_exchanged(gone, new, None if values is None else values[fresh])
         return gone, new
+
+    def renewed(self, tensor: Tensor, gone: Tensor, new: Tensor, fresh: float) -> Tensor:
+        """Optimizer state with 0 where a weight went and `fresh` where one is new, in place."""
+        write_flat_(tensor, gone, 0.0)
+        write_flat_(tensor, new, fresh)
+        return tensor
 
     def _write_exchanged(self, gone: Tensor, new: Tensor, values: Tensor | None) -> None:
         weight = self.param.detach()
@@ -165,12 +185,24 @@ class MaskedTarget(SparseTarget):
             self.mask_weight()
         self._seen_version = self.param._version
 
-    def conceal(self) -> None:
-        """Show the forward pass the masked weight (masked storage always does)."""
-
-    def extra_state(self) -> dict[str, Any]:
-        """What a checkpoint needs beside the mask."""
+    def extra_state(self) -> dict[str, Tensor]:
+        """What a checkpoint needs beside the mask, of the weight's shape."""
         return {}
+
+    def describe(self) -> dict[str, Any]:
+        """The mask, one bit a weight, and the extra state."""
+        return {"mask": pack_mask(self._mask), **self.extra_state()}
+
+    def check_entry(self, entry: Mapping[str, Any]) -> None:
+        """Refuse an extra state that is not whole."""
+        for key, mine in self.extra_state().items():
+            value = entry.get(key)
+            if not isinstance(value, Tensor) or value.shape != mine.shape:
+                raise ValueError(f"the {key} weight of {self.name} is not whole")
+
+    def restore_entry(self, entry: Mapping[str, Any]) -> None:
+        """Take the mask and the extra state of a checkpoint."""
+        self.restore(unpack_mask(entry["mask"], self.shape), dict(entry))
 
     def restore(self, mask: Tensor, state: dict[str, Any]) -> None:
         """Take the mask and the extra state of a checkpoint."""
@@ -181,10 +213,17 @@ class MaskedTarget(SparseTarget):
                 weight.copy_(self._original)
         self._original = None
         self._mask = mask.to(self.param.device)
-        self.active = int(mask.sum())
+        self._active = int(mask.sum())
         self.mask_weight()
 
     def release(self) -> None:
         """Forget everything but the masked weight."""
         self._original = None
         self.mask_weight()
+
+
+def check_mask_entry(name: str, shape: tuple[int, ...], entry: Mapping[str, Any]) -> None:
+    """Refuse a checkpoint's mask that does not fit a weight of `shape`."""
+    mask, wanted = entry.get("mask"), -(-math.prod(shape) // 8)
+    if not isinstance(mask, Tensor) or mask.dtype != torch.uint8 or mask.numel() != wanted:
+        raise ValueError(f"the mask of {name} is not {wanted} B")

@@ -1,0 +1,86 @@
+"""How long one layer takes in training, held densely and held sparse, on this machine."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from sparsetrain.storage.csr.convert import sparsify
+
+_ROUNDS = 7
+_SECONDS = 0.003  # of a round, at least
+
+
+class Timing(NamedTuple):
+    """Milliseconds of a layer's forward and backward pass and one pass over its weights."""
+
+    dense: float
+    sparse: float
+
+
+def measure(layer: nn.Module, density: float, input_shape: tuple[int, ...]) -> Timing:
+    """Time a copy of a Linear or Conv2d layer, dense and with random non-zeros, in turn.
+
+    Args:
+        density: of the sparse copy.
+        input_shape: of the layer's input, batch included.
+    """
+    with torch.random.fork_rng(devices=[]):
+        dense, sparse = _like(layer), _like(layer)
+        weight = dense._parameters["weight"]
+        assert weight is not None
+        mask = torch.rand(weight.shape) < density
+        mask.view(-1)[0] = True
+        x = torch.randn(input_shape, dtype=weight.dtype, requires_grad=True)
+    jobs = [_training_step(dense, x), _training_step(sparsify(sparse, mask), x)]
+    for job in jobs:  # the first call may compile
+        job()
+    calls = [max(1, round(_SECONDS / max(_seconds(job, 1), 1e-6))) for job in jobs]
+    times = [[_seconds(j, n) for j, n in zip(jobs, calls, strict=True)] for _ in range(_ROUNDS)]
+    return Timing(*(1e3 * statistics.median(column) for column in zip(*times, strict=True)))
+
+
+def _training_step(layer: nn.Module, x: Tensor) -> Callable[[], None]:
+    parameters = list(layer.parameters())
+    with torch.enable_grad():
+        grad = torch.ones_like(layer(x))
+
+    def step() -> None:
+        with torch.enable_grad():
+            grads = torch.autograd.grad(layer(x), [x, *parameters], grad)
+        with torch.no_grad():
+            for parameter, gradient in zip(parameters, grads[1:], strict=True):
+                parameter.add_(gradient, alpha=-1e-9)
+
+    return step
+
+
+def _like(layer: nn.Module) -> nn.Module:
+    """A new dense layer of the same shape."""
+    bias, weight = layer.bias is not None, layer._parameters["weight"]
+    assert weight is not None
+    if isinstance(layer, nn.Conv2d):
+        return nn.Conv2d(
+            layer.in_channels,
+            layer.out_channels,
+            layer.kernel_size,  # type: ignore[arg-type]
+            layer.stride,  # type: ignore[arg-type]
+            layer.padding,  # type: ignore[arg-type]
+            layer.dilation,  # type: ignore[arg-type]
+            bias=bias,
+            dtype=weight.dtype,
+        )
+    assert isinstance(layer, nn.Linear)
+    return nn.Linear(layer.in_features, layer.out_features, bias, dtype=weight.dtype)
+
+
+def _seconds(job: Callable[[], None], calls: int) -> float:
+    started = time.perf_counter()
+    for _ in range(calls):
+        job()
+    return (time.perf_counter() - started) / calls

@@ -1,0 +1,198 @@
+"""A weight held by its non-zeros, as policies see it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparsetrain.selection import bottom_k_indices, extreme_indices
+from sparsetrain.storage.csr.growth import largest_in_blocks
+from sparsetrain.storage.csr.layers import SparseLayer
+from sparsetrain.storage.csr.pattern import Pattern, as_matrix, check
+from sparsetrain.storage.csr.product import Tape
+from sparsetrain.targets import SparseTarget
+
+
+class CsrTarget(SparseTarget):
+    """The values and the pattern of a `SparseLayer`; gradient and state have the values' size.
+
+    Attributes:
+        layer: owns values and pattern.
+        built: True for a layer that the user built sparse; it stays one when training ends.
+    """
+
+    storage = "csr"
+
+    def __init__(self, name: str, layer: SparseLayer, *, built: bool = False) -> None:
+        self.layer = layer
+        self.built = built
+        super().__init__(name, layer.values)
+        self.shape = layer.weight_shape
+        self.numel = layer.pattern.shape[0] * layer.pattern.shape[1]
+        self._source = torch.empty(0, dtype=torch.int64)
+
+    @property
+    def active(self) -> int:
+        """Number of non-zeros held."""
+        return self.layer.pattern.nnz
+
+    @property
+    def mask(self) -> Tensor:
+        """Bool tensor of the weight's shape; made at each call, a byte a dense weight."""
+        mask = torch.zeros(self.numel, dtype=torch.bool)
+        mask[self.active_indices()] = True
+        return mask.view(self.shape)
+
+    def active_indices(self) -> Tensor:
+        """Flat indices of the active weights, int64, ascending."""
+        return self.layer.pattern.flat()
+
+    def at_active(self, tensor: Tensor) -> Tensor:
+        """The values' own order is that of the active weights."""
+        return tensor
+
+    def least_active(self, count: int) -> Tensor:
+        """Flat indices, ascending, of the `count` active weights of least magnitude."""
+        places = bottom_k_indices(self.param.detach().abs(), count, name=self.name)
+        return self.active_indices()[places]
+
+    def active_values(self, indices: Tensor) -> Tensor:
+        """Weights at flat `indices`, which are active."""
+        return self.param.detach()[torch.searchsorted(self.active_indices(), indices)]
+
+    def largest_free(self, scores: Tensor, count: int, freed: Tensor) -> Tensor:
+        """As the base; `scores` is dense, for policies that keep a dense signal themselves."""
+        taken = self.mask
+        taken.view(-1)[freed] = False
+        return extreme_indices(scores, taken, count, among=False, largest=True, name=self.name)
+
+    # The dense gradient, in blocks.
+
+    def watch_gradient(self, wanted: bool) -> None:
+        """Keep, or stop keeping, what the dense gradient of the next step is made of."""
+        if not wanted:
+            self.layer.tape = None
+        elif self.layer.tape is None:
+            self.layer.tape = Tape()
+
+    @property
+    def has_gradient(self) -> bool:
+        """Whether a backward pass went through the layer."""
+        return self.param.grad is not None
+
+    def whole_gradient(self) -> Tensor | None:
+        """The dense gradient, of the weight's shape; None without a backward pass."""
+        if not self.has_gradient:
+            return None
+        return self._watched().rows(0, self.shape[0]).view(self.shape)
+
+    def steepest_free(self, count: int, freed: Tensor) -> Tensor:
+        """As `largest_free` by the dense gradient, a block of rows at a time."""
+        tape, pattern = self._watched(), self.layer.pattern
+        taken = _without(self.active_indices(), freed)
+        return largest_in_blocks(tape.rows, pattern.shape, count, taken, self.name)
+
+    def _watched(self) -> Tape:
+        tape = self.layer.tape
+        if tape is None or not tape.factors:
+            raise ValueError(
+                f"csr storage did not keep the gradient of inactive weights of {self.name}: it "
+                "does so at steps whose update is due; before a forced update call "
+                "optimizer.expect_update() ahead of backward()"
+            )
+        return tape
+
+    # Changing the pattern.
+
+    def exchange(
+        self, dropped: Tensor, grown: Tensor, values: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Drop and grow connections; those in both sets stay as they are."""
+        active = self.active_indices()
+        stays = torch.ones(active.numel(), dtype=torch.bool)
+        stays[torch.searchsorted(active, dropped)] = False
+        place = torch.searchsorted(active, grown).clamp_(max=max(active.numel() - 1, 0))
+        was_active = active[place] == grown
+        stays[place[was_active]] = True
+        gone, new = active[~stays], grown[~was_active]
+        starts = None if values is None else values[~was_active]
+        new, order = new.sort()
+        if starts is not None:
+            starts = starts[order]
+        self._rebuild(active, stays.nonzero().view(-1), new, starts)
+        return gone, new
+
+    def _rebuild(
+        self, active: Tensor, survivors: Tensor, new: Tensor, starts: Tensor | None
+    ) -> None:
+        """Install the pattern of the survivors (places in `active`) and the new flat indices."""
+        kept = active[survivors]
+        flat = torch.empty(kept.numel() + new.numel(), dtype=torch.int64)
+        source = torch.full_like(flat, -1)
+        at_new = torch.searchsorted(kept, new) + torch.arange(new.numel())
+        is_kept = torch.ones(flat.numel(), dtype=torch.bool)
+        is_kept[at_new] = False
+        flat[at_new], flat[is_kept], source[is_kept] = new, kept, survivors
+        self._source = source
+        values = self.renewed(self.param.detach(), new, new, 0.0)
+        if starts is not None:
+            values[at_new] = starts
+        gradient = self.param.grad
+        self.layer.hold(values, Pattern.of(flat, self.layer.pattern.shape), self.shape)
+        self.param = self.layer.values
+        if gradient is not None:
+            self.param.grad = self.renewed(gradient, new, new, 0.0)
+
+    def renewed(self, tensor: Tensor, gone: Tensor, new: Tensor, fresh: float) -> Tensor:
+        """A tensor of one number a value, carried along with the last exchange."""
+        moved = tensor[self._source.clamp(min=0)]
+        moved[self._source < 0] = fresh
+        return moved
+
+    def replace_mask(self, mask: Tensor) -> tuple[int, int]:
+        """Install a whole new mask; returns how many weights were dropped and grown."""
+        flat = mask.reshape(-1).nonzero().view(-1)
+        gone, new = self.exchange(self.active_indices(), flat)
+        return gone.numel(), new.numel()
+
+    def release(self) -> None:
+        """Stop watching the gradient."""
+        self.watch_gradient(False)
+
+    # Checkpoints.
+
+    def describe(self) -> dict[str, Tensor]:
+        """The pattern; values are in the model's state dict."""
+        pattern = self.layer.pattern
+        return {"row_pointers": pattern.pointers, "columns": pattern.columns}
+
+    def check_entry(self, entry: Mapping[str, Any]) -> None:
+        """Nothing beside the pattern, which `check_pattern_entry` looks at."""
+
+    def restore_entry(self, entry: Mapping[str, Any]) -> None:
+        """Nothing is left to do after `take_pattern`, which comes before the optimizer's state."""
+
+    def take_pattern(self, entry: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+        """Take the pattern of a checkpoint, as an exchange that keeps what is in both."""
+        pattern = Pattern(self.layer.pattern.shape, entry["row_pointers"], entry["columns"])
+        return self.exchange(self.active_indices(), pattern.flat())
+
+
+def check_pattern_entry(name: str, shape: tuple[int, ...], entry: Mapping[str, Any]) -> None:
+    """Refuse a checkpoint's pattern that does not fit a weight of `shape`."""
+    pointers, columns = entry.get("row_pointers"), entry.get("columns")
+    if not isinstance(pointers, Tensor) or not isinstance(columns, Tensor):
+        raise ValueError(f"the pattern of {name} is missing")
+    try:
+        check(as_matrix(shape), pointers, columns)
+    except ValueError as error:
+        raise ValueError(f"in the pattern of {name}, {error}") from error
+
+
+def _without(indices: Tensor, removed: Tensor) -> Tensor:
+    keep = torch.ones(indices.numel(), dtype=torch.bool)
+    keep[torch.searchsorted(indices, removed)] = False
+    return indices[keep]
