@@ -1,6 +1,6 @@
 """sparsetrain: declarative sparse training for PyTorch."""
 
-from sparsetrain import cost
+from sparsetrain import cost, storage
 from sparsetrain.allocation import (
     ErdosRenyi,
     ErdosRenyiKernel,
@@ -24,6 +24,7 @@ from sparsetrain.recipe import Recipe, Rule
 from sparsetrain.report.events import LayerChange, UpdateEvent
 from sparsetrain.schedules import Schedule, UpdateSchedule
 from sparsetrain.scores import Gradient, Magnitude, Momentum, Random, Score, Taylor
+from sparsetrain.storage import compress
 from sparsetrain.structures import NM, Block, ConstantFanIn, Unstructured
 
 __version__ = "0.1.0"
@@ -60,5 +61,7 @@ __all__ = [
     "Unstructured",
     "UpdateEvent",
     "UpdateSchedule",
+    "compress",
     "cost",
+    "storage",
 ]

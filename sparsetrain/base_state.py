@@ -39,6 +39,33 @@ class Resting:
     fresh: dict[str, float] = field(default_factory=dict)
 
 
+class RestingStates:
+    """What is known of an optimizer's resting weights; each parameter group is tried once."""
+
+    def __init__(self, base: Optimizer) -> None:
+        self._base = base
+        self._found: dict[int, Resting] = {}
+        self._group_of: dict[int, int] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_group_of": {}}  # ids of this process's parameters
+
+    def look_again(self) -> None:
+        """Forget which group a parameter is in: parameters came, or were replaced."""
+        self._group_of.clear()
+
+    def of(self, param: Tensor) -> Resting:
+        """How the optimizer treats weights of this parameter."""
+        index = self._group_of.get(id(param))
+        if index is None:
+            for number, group in enumerate(self._base.param_groups):
+                self._group_of.update(dict.fromkeys(map(id, group["params"]), number))
+            index = self._group_of[id(param)]
+        if index not in self._found:
+            self._found[index] = find_resting(self._base, self._base.param_groups[index], param)
+        return self._found[index]
+
+
 def find_resting(base: Optimizer, group: dict[str, Any], like: Tensor) -> Resting:
     """Try the optimizer, with the options of `group`, on a small matrix that is half inactive."""
     param = Parameter(torch.zeros(4, 8, dtype=like.dtype, device=like.device))
@@ -53,14 +80,19 @@ def find_resting(base: Optimizer, group: dict[str, Any], like: Tensor) -> Restin
     return Resting() if state is None else _judge(param, active, state)
 
 
-def needs_matrices(base: Optimizer, group: dict[str, Any], like: Tensor) -> bool:
-    """Whether an optimizer trains matrices but not vectors, as Muon does."""
+def why_not_resized(base: Optimizer, param: Parameter) -> str:
+    """Why a vector of another size cannot take the place of `param`; empty when it can."""
+    group = next(g for g in base.param_groups if any(held is param for held in g["params"]))
     works = []
     for shape in ((4, 8), (32,)):
-        param = Parameter(torch.zeros(shape, dtype=like.dtype, device=like.device))
-        start = torch.ones_like(param)
-        works.append(_try(base, group, param, start, [start, -start]) is not None)
-    return works == [True, False]
+        trial = Parameter(torch.zeros(shape, dtype=param.dtype, device=param.device))
+        start = torch.ones_like(trial)
+        works.append(_try(base, group, trial, start, [start, -start]) is not None)
+    if works == [True, True]:
+        return ""
+    return (
+        "its optimizer trains matrices alone" if works[0] else "its optimizer cannot be tried out"
+    )
 
 
 def _try(

@@ -1,123 +1,116 @@
-"""Deciding how each weight is held: densely with a mask, or by its non-zeros."""
+"""Holding the weights of one optimizer, and changing from one way of holding to another."""
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import Any
 
+import torch
 from torch import nn
-from torch.utils.hooks import RemovableHandle
+from torch.optim import Optimizer
 
+from sparsetrain import base_state, checkpoint
+from sparsetrain.base_state import RestingStates
 from sparsetrain.policies import Policy
-from sparsetrain.storage.csr.layers import SparseLayer
-from sparsetrain.storage.csr.measure import measure
+from sparsetrain.policies.group import Exchanged, TargetGroup
 from sparsetrain.storage.csr.target import CsrTarget
-from sparsetrain.storage.latent import LatentTarget
-from sparsetrain.storage.masked import MaskedTarget
-from sparsetrain.switching import only_owner, policy_needs_masked, why_masked, worth
-from sparsetrain.targets import Candidate, SparseTarget
+from sparsetrain.storage_choice import Storage, StorageChoice
+from sparsetrain.switching import to_csr, to_masked
+from sparsetrain.targets import SparseTarget
 
-Storage = Literal["masked", "csr", "auto"]
-
-#: A layer whose density fell to this share of the one it was measured at is measured again.
-_MEASURE_AGAIN = 0.7
-
-
-class _Meter:
-    """A forward hook that remembers the shape of a layer's input."""
-
-    def __init__(self) -> None:
-        self.shape: tuple[int, ...] | None = None
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        if args and module.training:
-            self.shape = tuple(args[0].shape)
+Groups = list[tuple[Policy, TargetGroup]]
 
 
 class Holder:
-    """What `storage=` asks for, and why each weight is held as it is.
+    """Every weight's storage, and the optimizer's state that goes with it.
 
     Attributes:
-        why: name of a weight -> reason, where there is something to say.
+        choice: decides how each weight is held.
+        targets: name -> target, in the order of their groups.
+        resting: how the base optimizer treats weights that rest.
     """
 
-    def __init__(self, storage: Storage) -> None:
-        self.storage = storage
-        self.why: dict[str, str] = {}
-        self._owners: dict[str, nn.Module | None] = {}
-        self._meters: dict[str, _Meter] = {}
-        self._handles: dict[str, RemovableHandle] = {}
-        self._measured_at: dict[str, float] = {}
+    def __init__(self, base: Optimizer, model: nn.Module, storage: Storage) -> None:
+        self.base = base
+        self.choice = StorageChoice(model, storage)
+        self.targets: dict[str, SparseTarget] = {}
+        self.resting = RestingStates(base)
 
-    def target_of(self, policy: Policy, candidate: Candidate) -> SparseTarget:
-        """The target that a candidate begins as.
+    def carry_state(self, target: SparseTarget, change: Callable[[], Exchanged]) -> Exchanged:
+        """Exchange connections, the optimizer's state with them."""
+        fresh = self.resting.of(target.param).fresh
+        return base_state.carry_state(self.base, target, change, fresh)
 
-        Raises:
-            ValueError: the policy cannot train the weight as it was built.
+    def settle(self, groups: Groups) -> None:
+        """Hold weights by their non-zeros where that is wanted now."""
+        for policy, group, number, target in _each(groups):
+            if not self.choice.wants_csr(policy, target):
+                continue
+            if reason := base_state.why_not_resized(self.base, target.param):
+                self.choice.forbid(target, reason)
+                continue
+            held = to_csr(self.base, target, self.choice.owner_of(target))
+            self._install(group, number, held)
+        self.choice.follow_layout(self.targets.values())
+
+    def follow_layers(self) -> None:
+        """Train the values that sparse layers hold now; loading a state dict may replace them."""
+        for target in self.targets.values():
+            if isinstance(target, CsrTarget) and target.layer.values is not target.param:
+                old, target.param = target.param, target.layer.values
+                self.base.state.pop(old, None)
+                base_state.replace_parameter(self.base, old, target.param, lambda key, held: held)
+                self.resting.look_again()
+
+    def can_switch(self, groups: Groups, name: str) -> bool:
+        """Whether a checkpoint may decide how a weight is held."""
+        return any(
+            target.name == name and self.choice.can_switch(policy, target)
+            for policy, _, _, target in _each(groups)
+        )
+
+    @torch.no_grad()
+    def match(self, groups: Groups, saved: Mapping[str, Any]) -> None:
+        """Hold each weight as the entries of a checkpoint do, which are known to fit."""
+        self.follow_layers()
+        for _, group, number, target in _each(groups):
+            entry = saved[target.name]
+            is_csr = checkpoint.storage_of(entry) == "csr"
+            if isinstance(target, CsrTarget) and is_csr:
+                self.carry_state(target, partial(target.take_pattern, entry))
+                self.resting.look_again()
+            elif isinstance(target, CsrTarget):
+                self._install(group, number, self._masked(target))
+            elif is_csr:
+                target.replace_mask(checkpoint.mask_of(entry, target))
+                held = to_csr(self.base, target, self.choice.owner_of(target))
+                self._install(group, number, held)
+        self.choice.follow_layout(self.targets.values())
+
+    @torch.no_grad()
+    def release(self, groups: Groups, *, dense: bool) -> None:
+        """Leave the weights in the model, densely unless they were built sparse, and nothing else.
+
+        Args:
+            dense: False leaves every weight as it is held.
         """
-        owner = only_owner(candidate)
-        if isinstance(owner, SparseLayer):
-            if reason := policy_needs_masked(policy):
-                raise ValueError(
-                    f"policy {policy.kind!r} cannot train {candidate.name}, which is built "
-                    f"sparse: {reason}"
-                )
-            self.why[candidate.name] = "built sparse"
-            return CsrTarget(candidate.name, owner, built=True)
-        self._owners[candidate.name] = owner
-        kind = LatentTarget if policy.latent else MaskedTarget
-        return kind(candidate.name, candidate.param)
+        self.choice.release()
+        for _, group, number, target in _each(groups):
+            if dense and isinstance(target, CsrTarget) and not target.built:
+                self._install(group, number, self._masked(target))
+            group.targets[number].release()
 
-    def forbid(self, target: SparseTarget, reason: str) -> None:
-        """Hold this weight densely for good."""
-        self._owners[target.name] = None
-        self.why[target.name] = reason
+    def _masked(self, target: CsrTarget) -> SparseTarget:
+        return to_masked(self.base, target, self.resting.of(target.param).fresh)
 
-    def owner_of(self, target: SparseTarget) -> nn.Module:
-        """The module of a weight that `wants_csr` said yes to."""
-        owner = self._owners[target.name]
-        assert owner is not None
-        return owner
+    def _install(self, group: TargetGroup, number: int, target: SparseTarget) -> None:
+        group.targets[number] = self.targets[target.name] = target
+        self.resting.look_again()
 
-    def can_switch(self, policy: Policy, target: SparseTarget) -> bool:
-        """Whether a weight can be held either way."""
-        if target.built or self.storage == "masked":
-            return False
-        return isinstance(target, CsrTarget) or not why_masked(policy, self._owners[target.name])
 
-    def begin(self, policy: Policy, target: SparseTarget) -> None:
-        """With `auto`, look out for the size of the layer's input."""
-        if self.storage != "auto" or not self.can_switch(policy, target):
-            return
-        meter = self._meters[target.name] = _Meter()
-        owner = self.owner_of(target)
-        self._handles[target.name] = owner.register_forward_pre_hook(meter)
-        self.why[target.name] = "measured after the first step"
-
-    def wants_csr(self, policy: Policy, target: SparseTarget) -> bool:
-        """Whether a weight that is held densely should be held by its non-zeros from now on."""
-        if self.storage == "masked" or not isinstance(target, MaskedTarget):
-            return False
-        if reason := why_masked(policy, self._owners[target.name]):
-            self.why.setdefault(target.name, reason)
-            return False
-        if self.storage == "auto":
-            return self._measures_faster(target)
-        highest = worth(self.owner_of(target))
-        wanted = target.density <= highest
-        self.why[target.name] = "" if wanted else f"worth it from a density of {highest:.0%}"
-        return wanted
-
-    def _measures_faster(self, target: SparseTarget) -> bool:
-        name, shape = target.name, self._meters[target.name].shape
-        if shape is None or target.density > _MEASURE_AGAIN * self._measured_at.get(name, 2.0):
-            return False
-        self._measured_at[name] = target.density
-        times = measure(self.owner_of(target), target.density, shape)
-        self.why[name] = f"measured: {times.dense:.2f} ms dense, {times.sparse:.2f} ms csr"
-        return times.sparse < times.dense
-
-    def release(self) -> None:
-        """Take the hooks out of the model."""
-        for handle in self._handles.values():
-            handle.remove()
-        self._handles.clear()
+def _each(groups: Groups) -> Iterator[tuple[Policy, TargetGroup, int, SparseTarget]]:
+    """Every target with its policy, its group and its place there, which may be written to."""
+    for policy, group in groups:
+        for number, target in enumerate(group.targets):
+            yield policy, group, number, target

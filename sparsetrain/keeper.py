@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
-from functools import partial
 from typing import Any
 
 import torch
@@ -13,15 +12,12 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from sparsetrain import base_state, checkpoint
-from sparsetrain.base_state import Resting
-from sparsetrain.holding import Holder, Storage
+from sparsetrain.holding import Holder
 from sparsetrain.policies import Policy
-from sparsetrain.policies.group import Exchanged, TargetGroup
+from sparsetrain.policies.group import TargetGroup
 from sparsetrain.recipe import Assignment, Recipe
 from sparsetrain.report.events import LayerChange, UpdateEvent
-from sparsetrain.storage.csr.target import CsrTarget
 from sparsetrain.storage.latent import LatentTarget
-from sparsetrain.switching import to_csr, to_masked
 from sparsetrain.targets import SparseTarget
 from sparsetrain.tracking import Tracker
 from sparsetrain.wiring import check_built, copy_to_device_of, held_by
@@ -32,19 +28,16 @@ Listener = Callable[[UpdateEvent], None]
 class Keeper:
     """Targets, masks, clock, generator and policy memory of one `SparseOptimizer`."""
 
-    def __init__(self, base: Optimizer, recipe: Recipe, seed: int, storage: Storage) -> None:
+    def __init__(self, base: Optimizer, recipe: Recipe, seed: int, holder: Holder) -> None:
         self.base = base
         self.recipe = recipe
-        self.holder = Holder(storage)
+        self.holder = holder
         self.step_count = 0
-        self.targets: dict[str, SparseTarget] = {}
         self.groups: list[tuple[Policy, TargetGroup]] = []
         self.waiting: list[Assignment] = []
         self.generator = torch.Generator().manual_seed(seed)
         self.tracker = Tracker()
         self.listeners: OrderedDict[int, Listener] = OrderedDict()
-        self._resting: dict[int, Resting] = {}
-        self._group_index: dict[int, int] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         groups = [(policy, group.targets, group.memory) for policy, group in self.groups]
@@ -52,7 +45,6 @@ class Keeper:
             "generator": self.generator.get_state(),
             "groups": groups,
             "listeners": OrderedDict(),
-            "_group_index": {},
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -60,6 +52,11 @@ class Keeper:
         self.generator = torch.Generator()
         self.generator.set_state(state["generator"])
         self.groups = [(p, self._new_group(targets, mem)) for p, targets, mem in state["groups"]]
+
+    @property
+    def targets(self) -> dict[str, SparseTarget]:
+        """Name -> target, in the order of the groups."""
+        return self.holder.targets
 
     # Taking tensors into care.
 
@@ -84,17 +81,18 @@ class Keeper:
                 if not target.built:
                     target.begin(masks[target.name])
                 self._zero_inactive_state(target)
-                self.holder.begin(policy, target)
-        self._settle()
+                self.holder.choice.begin(policy, target)
+        self.holder.settle(self.groups)
+        self.watch_gradients()
 
     def adopt_waiting(self) -> None:
         """Look again at tensors that the base optimizer did not hold before."""
-        self._group_index.clear()
+        self.holder.resting.look_again()
         self.adopt(self.waiting)
 
     def _plan(self, assignment: Assignment) -> tuple[Policy, TargetGroup, dict[str, Tensor]]:
         policy = assignment.policy
-        targets = [self.holder.target_of(policy, c) for c in assignment.candidates]
+        targets = [self.holder.choice.target_of(policy, c) for c in assignment.candidates]
         group = self._new_group(targets, {})
         check_built(policy, group)
         return policy, group, policy.initial_masks(group)
@@ -104,7 +102,7 @@ class Keeper:
             targets=targets,
             generator=self.generator,
             state_of=lambda param: self.base.state.get(param, {}),
-            carry_state=self._carry_state,
+            carry_state=self.holder.carry_state,
             memory=memory,
         )
 
@@ -117,7 +115,7 @@ class Keeper:
     @torch.no_grad()
     def prepare(self) -> None:
         """Before the base optimizer steps: gradients of inactive weights go."""
-        self.follow_layers()
+        self.holder.follow_layers()
         self._observe()
         for target in self.targets.values():
             target.before_step()
@@ -152,7 +150,7 @@ class Keeper:
         for target in self.targets.values():
             if not target.holds_zeros:
                 continue
-            keeps_zeros = self._resting_of(target.param).keeps_zeros
+            keeps_zeros = self.holder.resting.of(target.param).keeps_zeros
             target.after_step(keeps_zeros)
             if not keeps_zeros:
                 self._zero_inactive_state(target)
@@ -163,7 +161,9 @@ class Keeper:
                 changes = self._commit(self._decide(self._is_due))
         finally:  # the base optimizer has stepped, so the clock moves whatever the masks do
             self.step_count += 1
-        self._settle()
+        if changes is not None or self.holder.choice.is_waiting:
+            self.holder.settle(self.groups)
+        self.watch_gradients()
         if changes is not None:
             self._tell(self.step_count - 1, changes)
 
@@ -177,7 +177,8 @@ class Keeper:
         self._count_step()
         changes = self._commit(decided)
         self.step_count += 1
-        self._settle()
+        self.holder.settle(self.groups)
+        self.watch_gradients()
         self._tell(self.step_count - 1, changes)
 
     @torch.no_grad()
@@ -253,24 +254,9 @@ class Keeper:
     @torch.no_grad()
     def release(self, *, dense: bool) -> None:
         """Leave the masked weights in the model and forget everything else."""
-        self.holder.release()
+        self.holder.release(self.groups, dense=dense)
         for _, group in self.groups:
-            for number, target in enumerate(group.targets):
-                if dense and isinstance(target, CsrTarget) and not target.built:
-                    self._exchange_target(group, number, self._masked(target))
-                group.targets[number].release()
             group.memory.clear()
-
-    # How weights are held.
-
-    def _settle(self) -> None:
-        """Hold weights by their non-zeros where that is wanted now, and watch their gradients."""
-        for policy, group in self.groups:
-            for number, target in enumerate(group.targets):
-                if self.holder.wants_csr(policy, target):
-                    held = to_csr(self.base, target, self.holder.owner_of(target))
-                    self._exchange_target(group, number, held)
-        self.watch_gradients()
 
     def watch_gradients(self, *, always: bool = False) -> None:
         """Tell the storages whether the next step needs the gradients of inactive weights."""
@@ -280,42 +266,9 @@ class Keeper:
             for target in group.targets:
                 target.watch_gradient(needed)
 
-    def follow_layers(self) -> None:
-        """Train the values that sparse layers hold now; loading a state dict may replace them."""
-        for target in self.targets.values():
-            if isinstance(target, CsrTarget) and target.layer.values is not target.param:
-                old, target.param = target.param, target.layer.values
-                self.base.state.pop(old, None)
-                base_state.replace_parameter(self.base, old, target.param, lambda key, held: held)
-                self._group_index.clear()
-
-    def _exchange_target(self, group: TargetGroup, number: int, target: SparseTarget) -> None:
-        group.targets[number] = self.targets[target.name] = target
-        self._group_index.clear()
-
-    def _masked(self, target: CsrTarget) -> SparseTarget:
-        return to_masked(self.base, target, self._resting_of(target.param).fresh)
-
-    # State of the base optimizer, weight by weight.
-
-    def _carry_state(self, target: SparseTarget, change: Callable[[], Exchanged]) -> Exchanged:
-        fresh = self._resting_of(target.param).fresh
-        return base_state.carry_state(self.base, target, change, fresh)
-
     def _zero_inactive_state(self, target: SparseTarget) -> None:
         if target.holds_zeros and not isinstance(target, LatentTarget):
             base_state.zero_inactive_state(self.base, target.param, target.mask)
-
-    def _resting_of(self, param: Tensor) -> Resting:
-        index = self._group_index.get(id(param))
-        if index is None:
-            for number, group in enumerate(self.base.param_groups):
-                self._group_index.update(dict.fromkeys(map(id, group["params"]), number))
-            index = self._group_index[id(param)]
-        if index not in self._resting:
-            group = self.base.param_groups[index]
-            self._resting[index] = base_state.find_resting(self.base, group, param)
-        return self._resting[index]
 
     # Checkpoints.
 
@@ -333,28 +286,11 @@ class Keeper:
 
     def can_switch(self, name: str) -> bool:
         """Whether a checkpoint may decide how a weight is held."""
-        return any(
-            target.name == name and self.holder.can_switch(policy, target)
-            for policy, group in self.groups
-            for target in group.targets
-        )
+        return self.holder.can_switch(self.groups, name)
 
-    @torch.no_grad()
     def match_storage(self, saved: dict[str, Any]) -> None:
         """Hold each weight as a checkpoint does that `checkpoint.check` has accepted."""
-        self.follow_layers()
-        for _, group in self.groups:
-            for number, target in enumerate(group.targets):
-                entry = saved["targets"][target.name]
-                if isinstance(target, CsrTarget):
-                    if checkpoint.storage_of(entry) == "csr":
-                        self._carry_state(target, partial(target.take_pattern, entry))
-                    else:
-                        target = self._masked(target)
-                elif checkpoint.storage_of(entry) == "csr":
-                    target.replace_mask(checkpoint.mask_of(entry, target))
-                    target = to_csr(self.base, target, self.holder.owner_of(target))
-                self._exchange_target(group, number, target)
+        self.holder.match(self.groups, saved["targets"])
 
     @torch.no_grad()
     def load_state_dict(self, saved: dict[str, Any]) -> None:

@@ -13,11 +13,12 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from sparsetrain import checkpoint
-from sparsetrain.holding import Storage
+from sparsetrain.holding import Holder
 from sparsetrain.keeper import Keeper, Listener
 from sparsetrain.policies import Policy
 from sparsetrain.recipe import Recipe, assign
 from sparsetrain.report.summary import Summary, summarise
+from sparsetrain.storage_choice import Storage
 from sparsetrain.targets import SparseTarget
 from sparsetrain.wiring import check_arguments
 
@@ -59,7 +60,8 @@ class SparseOptimizer(Optimizer):
     ) -> None:
         check_arguments(optimizer, model, storage)
         recipe = Recipe.coerce(policy)
-        keeper = Keeper(optimizer, recipe, seed, cast(Storage, storage))
+        holder = Holder(optimizer, model, cast(Storage, storage))
+        keeper = Keeper(optimizer, recipe, seed, holder)
         keeper.adopt(assign(model, recipe))
         if not keeper.targets:
             raise ValueError(
@@ -168,7 +170,7 @@ class SparseOptimizer(Optimizer):
     def summary(self) -> Summary:
         """Table of targets: shape, density asked for and reached, storage and why."""
         keeper = self._keeper
-        return summarise(keeper.groups, self.step_count, keeper.holder.why)
+        return summarise(keeper.groups, self.step_count, keeper.holder.choice.why)
 
     def density_history(self, name: str) -> tuple[float, float, float]:
         """How dense a weight is and was, for FLOPs.

@@ -16,7 +16,8 @@ from sparsetrain.targets import Candidate, SparseTarget
 
 #: At this density and below a sparse training step is faster than a dense one
 #: (reference_runs/speed/truly_sparse.py, table "layers").
-WORTH = {nn.Linear: 0.25, nn.Conv2d: 0.05}
+_WORTH_OF_LINEAR = 0.25
+_WORTH_OF_CONV = 0.05
 
 
 def only_owner(candidate: Candidate) -> nn.Module | None:
@@ -45,7 +46,7 @@ def why_masked(policy: Policy, owner: nn.Module | None) -> str:
 
 def worth(owner: nn.Module) -> float:
     """The density at which a layer of this type begins to gain."""
-    return WORTH[type(owner)]
+    return _WORTH_OF_CONV if isinstance(owner, nn.Conv2d) else _WORTH_OF_LINEAR
 
 
 @torch.no_grad()

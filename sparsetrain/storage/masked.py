@@ -135,7 +135,7 @@ class MaskedTarget(SparseTarget):
     def mask_gradient(self) -> None:
         """Set the gradient to 0 where inactive (also where it is NaN or infinite)."""
         grad = self.param.grad
-        if grad is not None:
+        if grad is not None and self._active < self.numel:
             keep_where_(grad, self._mask)
 
     def check_gradient(self) -> None:

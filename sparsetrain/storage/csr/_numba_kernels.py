@@ -21,7 +21,17 @@ from numba import njit, prange
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sparsetrain.storage.csr._simd import add, dot, fma, gather, load, splat, store, total
+from sparsetrain.storage.csr._simd import (
+    add,
+    dot,
+    fma,
+    gather,
+    load,
+    splat,
+    store,
+    total,
+    transpose,
+)
 from sparsetrain.storage.csr.pattern import Pattern
 
 Array = NDArray[Any]
@@ -29,6 +39,7 @@ Array = NDArray[Any]
 # A tile of the forward product takes half of the vector registers, 32 of 64 bytes or 16 of 32.
 _WIDEST = 128 if llvmlite.binding.get_host_cpu_features().get("avx512f") else 64
 _CHUNKS_A_THREAD = 4
+_SQUARE = 16
 _OPTIONS: dict[str, Any] = {
     "parallel": True,
     "fastmath": True,
@@ -197,38 +208,57 @@ def take(source: Array, places: Array, out: Array) -> None:
         out[i] = source[places[i]]
 
 
+@njit(**_OPTIONS)
+def _transpose_kernel(x: Array, out: Array, rows: int, columns: int) -> None:
+    """out [columns, rows] = x [rows, columns], transposed in squares."""
+    size = _SQUARE
+    for strip in prange((columns + size - 1) // size):
+        first = strip * size
+        whole = rows // size * size if first + size <= columns else 0
+        for row in range(0, whole, size):
+            transpose(size, x, row * columns + first, columns, out, first * rows + row, rows)
+        for column in range(first, min(first + size, columns)):
+            for row in range(whole, rows):
+                out[column * rows + row] = x[row * columns + column]
+
+
+def transposed(x: Tensor) -> Tensor:
+    """[rows, columns] -> [columns, rows], both contiguous."""
+    rows, columns = x.shape
+    out = torch.empty(columns, rows)
+    with _threads():
+        _transpose_kernel(_flat(x), _flat(out), rows, columns)
+    return out
+
+
 _NO_BIAS = np.empty(0, dtype=np.float32)
 # numba's simplest threading layer, used where OpenMP is missing, dies when it is entered twice.
 _one_at_a_time = threading.Lock()
+_MOST_THREADS: int = numba.config.NUMBA_NUM_THREADS
+_local = threading.local()
 
 
 def product(pattern: Pattern, values: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
     """W x + bias: [columns, batch] -> [rows, batch]."""
     batch = x.shape[1]
     out = torch.empty(pattern.shape[0], batch)
-    arrays = [_flat(t) for t in (pattern.pointers, pattern.columns, values, x)]
-    arrays += [_NO_BIAS if bias is None else _flat(bias), _flat(out)]
-    with _threads() as chunks:
-        if batch == 1:
-            _vector_kernel()(*arrays, chunks)
-        else:
-            for start, width, number in tiles(batch):
-                _product_kernel(width)(*arrays, batch, start, number, chunks)
+    _multiply(*pattern.arrays, _flat(values), x, bias, out)
     return out
 
 
 def input_gradient(pattern: Pattern, values: Tensor, grad: Tensor) -> Tensor:
     """W^T grad: [rows, batch] -> [columns, batch]."""
-    turned = pattern.transposed()
-    across = Pattern((pattern.shape[1], pattern.shape[0]), turned.pointers, turned.rows)
-    return product(across, _taken(values, turned.order), grad, None)
+    pointers, rows, order, _ = pattern.transposed_arrays
+    out = torch.empty(pattern.shape[1], grad.shape[1])
+    _multiply(pointers, rows, _taken(_flat(values), order), grad, None, out)
+    return out
 
 
 def values_gradient(pattern: Pattern, x: Tensor, grad: Tensor) -> Tensor:
     """grad x^T at the non-zeros: [nnz]."""
     batch = x.shape[1]
     out = torch.empty(pattern.nnz)
-    arrays = [_flat(t) for t in (pattern.pointers, pattern.columns, x, grad, out)]
+    arrays = [*pattern.arrays, _flat(x), _flat(grad), _flat(out)]
     with _threads() as chunks:
         for start, width, number in tiles(batch):
             _values_gradient_kernel(width)(*arrays, batch, start, number, chunks)
@@ -238,21 +268,35 @@ def values_gradient(pattern: Pattern, x: Tensor, grad: Tensor) -> Tensor:
 def gradients(pattern: Pattern, values: Tensor, x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
     """Both gradients, of the input and of the values, in one walk over the columns."""
     batch = x.shape[1]
-    turned = pattern.transposed()
-    grad_x, by_columns = torch.empty(pattern.shape[1], batch), torch.empty(pattern.nnz)
-    turned_values = _taken(values, turned.order)
-    tensors = (turned.pointers, turned.rows, turned_values, x, grad, grad_x, by_columns)
-    arrays = [_flat(t) for t in tensors]
+    pointers, rows, order, place = pattern.transposed_arrays
+    grad_x = torch.empty(pattern.shape[1], batch)
+    by_columns = np.empty(pattern.nnz, dtype=np.float32)
+    turned = _taken(_flat(values), order)
+    arrays = (pointers, rows, turned, _flat(x), _flat(grad), _flat(grad_x), by_columns)
     with _threads() as chunks:
         for start, width, number in tiles(batch):
             _gradients_kernel(width)(*arrays, batch, start, number, chunks)
-    return grad_x, _taken(by_columns, turned.place)
+    return grad_x, torch.from_numpy(_taken(by_columns, place))
 
 
-def _taken(source: Tensor, places: Tensor) -> Tensor:
-    out = torch.empty(places.numel())
+def _multiply(
+    pointers: Array, indices: Array, values: Array, x: Tensor, bias: Tensor | None, out: Tensor
+) -> None:
+    batch = x.shape[1]
+    start_values = _NO_BIAS if bias is None else _flat(bias)
+    arrays = (pointers, indices, values, _flat(x), start_values, _flat(out))
+    with _threads() as chunks:
+        if batch == 1:
+            _vector_kernel()(*arrays, chunks)
+        else:
+            for start, width, number in tiles(batch):
+                _product_kernel(width)(*arrays, batch, start, number, chunks)
+
+
+def _taken(source: Array, places: Array) -> Array:
+    out = np.empty(places.size, dtype=np.float32)
     with _threads():
-        take(_flat(source), _flat(places), _flat(out))
+        take(source, places, out)
     return out
 
 
@@ -264,7 +308,9 @@ def _flat(tensor: Tensor) -> Array:
 @contextmanager
 def _threads() -> Iterator[int]:
     """Use as many threads as torch does; yields into how many chunks to cut the rows."""
-    number = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)
+    number = min(torch.get_num_threads(), _MOST_THREADS)
     with _one_at_a_time:
-        numba.set_num_threads(number)
+        if getattr(_local, "threads", None) != number:  # numba remembers it for each thread
+            numba.set_num_threads(number)
+            _local.threads = number
         yield _CHUNKS_A_THREAD * number

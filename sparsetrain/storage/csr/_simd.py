@@ -143,6 +143,56 @@ def dot(context: Any, a: Any, b: Any) -> Any:
     return types.float32(a, a), generate
 
 
+@intrinsic(prefer_literal=True)
+def transpose(
+    context: Any, width: Any, source: Any, i: Any, step: Any, out: Any, j: Any, out_step: Any
+) -> Any:
+    """A square block: out[j + c out_step + r] = source[i + r step + c], r and c below `width`.
+
+    `width` is a power of two.
+    """
+    size = width.literal_value
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        _, _, i, step, _, j, out_step = args
+        kind = ir.VectorType(_FLOAT, size)
+        data = _data(context, builder, signature, args, 1)
+        rows = [
+            _load(builder, data, builder.add(i, builder.mul(step, _INT64(r))), kind)
+            for r in range(size)
+        ]
+        distance = 1
+        while distance < size:  # swap the off-diagonal halves of ever larger squares
+            for r in range(size):
+                if not r & distance:
+                    rows[r], rows[r + distance] = _swapped(
+                        builder, rows[r], rows[r + distance], distance
+                    )
+            distance *= 2
+        target = _data(context, builder, signature, args, 4)
+        for r, row in enumerate(rows):
+            start = builder.gep(target, [builder.add(j, builder.mul(out_step, _INT64(r)))])
+            stored = builder.store(row, builder.bitcast(start, kind.as_pointer()))
+            stored.align = _ALIGNMENT
+        return context.get_dummy_value()
+
+    return types.void(
+        types.int64, source, types.intp, types.intp, out, types.intp, types.intp
+    ), generate
+
+
+def _swapped(builder: Any, a: Any, b: Any, distance: int) -> tuple[Any, Any]:
+    size = a.type.count
+    places = range(size)
+    first = [p if not p & distance else size + p - distance for p in places]
+    second = [p + distance if not p & distance else size + p for p in places]
+    integers = ir.VectorType(_INT32, size)
+    return (
+        builder.shuffle_vector(a, b, ir.Constant(integers, first)),
+        builder.shuffle_vector(a, b, ir.Constant(integers, second)),
+    )
+
+
 def _data(context: Any, builder: Any, signature: Any, args: Any, place: int) -> Any:
     """Pointer to the first element of an array among the arguments."""
     return context.make_array(signature.args[place])(context, builder, args[place]).data

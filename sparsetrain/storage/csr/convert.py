@@ -6,18 +6,30 @@ aliases and names stay as they are.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
-from sparsetrain.storage.csr.layers import DTYPES, SparseConv2d, SparseLayer, SparseLinear
+from sparsetrain.storage.csr.layers import (
+    DTYPES,
+    FollowingLinear,
+    SparseConv2d,
+    SparseLayer,
+    SparseLinear,
+)
 from sparsetrain.storage.csr.pattern import Pattern, as_matrix
 
 _SPARSE: dict[type[nn.Module], type[SparseLayer]] = {
     nn.Linear: SparseLinear,
+    FollowingLinear: SparseLinear,
     nn.Conv2d: SparseConv2d,
 }
-_DENSE: dict[type[nn.Module], type[nn.Module]] = {s: d for d, s in _SPARSE.items()}
+_DENSE: dict[type[nn.Module], type[nn.Module]] = {
+    SparseLinear: nn.Linear,
+    SparseConv2d: nn.Conv2d,
+}
 
 
 def why_not(module: nn.Module) -> str:
@@ -75,6 +87,14 @@ def densify(layer: SparseLayer) -> Parameter:
     module.__class__ = _DENSE[type(layer)]
     _replace_parameter(layer, "values", "weight", weight)
     return weight
+
+
+def follow_layout(modules: Iterable[nn.Module], *, on: bool) -> None:
+    """Let dense layers compute in the layout of sparse ones before them, or stop it."""
+    before, after = (nn.Linear, FollowingLinear) if on else (FollowingLinear, nn.Linear)
+    for module in modules:
+        if type(module) is before:
+            module.__class__ = after
 
 
 def _replace_parameter(module: nn.Module, old: str, new: str, parameter: Parameter) -> None:

@@ -6,9 +6,12 @@ import math
 from functools import cached_property
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+Array = NDArray[np.int32]
 _MOST = 2**31 - 1  # indices are int32: twice as fast, and half of the bytes, of int64
 
 
@@ -103,6 +106,16 @@ class Pattern:
         place[order] = torch.arange(self.nnz, dtype=torch.int32)
         rows = self.rows()[order]
         return Transposed(pointers.to(torch.int32), rows, order.to(torch.int32), place)
+
+    @cached_property
+    def arrays(self) -> tuple[Array, Array]:
+        """Pointers and columns as numpy arrays, which share their memory."""
+        return self.pointers.numpy(), self.columns.numpy()
+
+    @cached_property
+    def transposed_arrays(self) -> tuple[Array, ...]:
+        """The transposed pattern as numpy arrays."""
+        return tuple(tensor.numpy() for tensor in self.transposed())
 
     def memory(self) -> int:
         """Bytes of the indices as they stand, the transposed ones included if they are made."""

@@ -48,6 +48,14 @@ class Tape:
         return total
 
 
+def _feature_major(x: Tensor, kernels: Any) -> Tensor:
+    """[batch, features] -> [features, batch], contiguous; without a copy where it is so already."""
+    if x.t().is_contiguous():
+        return x.t()
+    turned: Tensor = kernels.transposed(x.contiguous())
+    return turned
+
+
 class SparseProduct(torch.autograd.Function):
     """y = x W^T + b for a CSR weight W: [batch, in] -> [batch, out].
 
@@ -65,10 +73,11 @@ class SparseProduct(torch.autograd.Function):
         pattern: Pattern,
         tape: Tape | None,
     ) -> Tensor:
-        features = x.t().contiguous()
+        kernels = kernels_for(values.dtype)
+        features = _feature_major(x, kernels)
         ctx.save_for_backward(features, values)
         ctx.pattern, ctx.tape = pattern, tape
-        out: Tensor = kernels_for(values.dtype).product(pattern, values, features, bias)
+        out: Tensor = kernels.product(pattern, values, features, bias)
         return out.t()
 
     @staticmethod
@@ -76,8 +85,8 @@ class SparseProduct(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         features, values = ctx.saved_tensors
         wants_x, wants_values, wants_bias = ctx.needs_input_grad[:3]
-        grad = grad.t().contiguous()
         kernels = kernels_for(values.dtype)
+        grad = _feature_major(grad, kernels)
         grad_x = grad_values = grad_bias = None
         if wants_x and wants_values:
             grad_x, grad_values = kernels.gradients(ctx.pattern, values, features, grad)

@@ -21,6 +21,11 @@ with warnings.catch_warnings():  # torch calls its CSR tensors a beta feature, o
     torch.sparse_csr_tensor(torch.tensor([0, 0]), torch.tensor([], dtype=torch.int64), [], (1, 1))
 
 
+def transposed(x: Tensor) -> Tensor:
+    """[rows, columns] -> [columns, rows], both contiguous."""
+    return x.t().contiguous()
+
+
 def product(pattern: Pattern, values: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
     """W x + bias: [columns, batch] -> [rows, batch]."""
     out = _times(pattern.pointers, pattern.columns, values, pattern.shape, x)
