@@ -31,6 +31,14 @@ class Network(StrEnum):
     resnet_small = "resnet_small"
 
 
+class Storage(StrEnum):
+    """Ways to hold sparse weights; see the page on storage."""
+
+    masked = "masked"
+    csr = "csr"
+    auto = "auto"
+
+
 class LrSchedule(StrEnum):
     """Learning-rate schedules that the train command takes."""
 
@@ -82,6 +90,7 @@ def train(
     ] = LrSchedule.cosine,
     momentum: Annotated[float, typer.Option(help="Momentum of SGD, below 1.")] = 0.9,
     weight_decay: Annotated[float, typer.Option(help="Weight decay of SGD.")] = 5e-4,
+    storage: Annotated[Storage, typer.Option(help="How sparse weights are held.")] = Storage.masked,
     seed: Annotated[
         int, typer.Option(min=0, help="Of weights, masks and the order of samples.")
     ] = 0,
@@ -120,6 +129,7 @@ def train(
         lr_schedule=lr_schedule.value,
         momentum=momentum,
         weight_decay=weight_decay,
+        storage=storage.value,
         seed=seed,
     )
     console = out()

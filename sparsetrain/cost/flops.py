@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from sparsetrain.storage.csr.layers import SparseLayer
 from sparsetrain.targets import find_candidates
 
 if TYPE_CHECKING:
@@ -136,6 +137,9 @@ def _hooked(model: nn.Module, add: Any) -> Iterator[None]:
 def _counter(module: nn.Module, add: Any) -> Any:
     if isinstance(module, nn.MultiheadAttention):
         return lambda m, args, kwargs, out: _count_attention(m, args, kwargs, add)
+    if isinstance(module, SparseLayer):
+        # Each output element is a product with one row.
+        return lambda m, args, kwargs, out: add(m.values, 2.0 * out.numel() * m.pattern.shape[1])
     if isinstance(module, nn.Linear):
         return lambda m, args, kwargs, out: add(m.weight, 2.0 * out.numel() * m.in_features)
     if isinstance(module, _CONVOLUTIONS):

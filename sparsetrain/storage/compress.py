@@ -24,8 +24,9 @@ def compress(model: nn.Module, *, min_sparsity: float = 0.5) -> nn.Module:
 
     Args:
         model: stays as it was. Call `finalize()` first if a `SparseOptimizer` trains it.
-        min_sparsity: share of zeros, in [0, 1], from which on a layer is converted. At half of
-            them a sparse product is about as fast as a dense one (docs/inference.md).
+        min_sparsity: share of zeros, in [0, 1], from which on a layer is converted. With half of
+            them, float32 values and their int32 places take the memory of the dense weight.
+            Products need more zeros to be faster; how many depends on shapes and machine.
 
     Returns:
         The copy, in train or eval mode as the model. Its outputs differ by rounding, and where an
@@ -67,7 +68,7 @@ def layers_to_hold_sparse(
     chosen, reasons = [], []
     shared = shared_parameters(model)
     for name, module in model.named_modules():
-        if not _has_matrix(module) or isinstance(module, SparseLayer):
+        if not _has_matrix(module):
             continue
         reason = why_not(module) or _why_shared(module, name, shared)
         if not reason and (share := zeros(name, module)) < min_sparsity:
@@ -100,9 +101,7 @@ def listed(reasons: list[str]) -> str:
 
 
 def _has_matrix(module: nn.Module) -> bool:
-    own = module._parameters.values()
-    is_matrix = any(held is not None and held.dim() >= 2 for held in own)
-    return is_matrix or isinstance(module, (nn.Linear, nn.Conv2d))
+    return any(held is not None and held.dim() >= 2 for held in module._parameters.values())
 
 
 def _why_shared(module: nn.Module, name: str, shared: dict[int, list[str]]) -> str:

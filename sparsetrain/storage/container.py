@@ -21,7 +21,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
-from sparsetrain.storage.positions import decode, encode, least_bytes
+from sparsetrain.storage.positions import bits_size, decode, encode
 
 VERSION = 1
 _KEY = "sparsetrain"
@@ -117,10 +117,7 @@ def compact(tensor: Tensor) -> Held:
         return tensor
     nonzeros = int(torch.count_nonzero(as_integers(tensor)))
     saved = (tensor.numel() - nonzeros) * tensor.element_size() - _HEADER
-    if saved <= least_bytes(nonzeros, tensor.numel()):
-        return tensor
-    sparse = NonZeros.of(tensor)
-    return sparse if saved > encode(sparse.flat, tensor.numel())[1].numel() else tensor
+    return NonZeros.of(tensor) if saved > bits_size(tensor.numel()) else tensor
 
 
 def as_integers(tensor: Tensor) -> Tensor:

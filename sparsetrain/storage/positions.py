@@ -24,9 +24,9 @@ _NUMBERS: dict[Coding, np.dtype[np.unsignedinteger]] = {
 }
 
 
-def least_bytes(count: int, numel: int) -> int:
-    """A lower bound, cheap to have, of the bytes that `encode` needs for `count` positions."""
-    return min(_bits_size(numel), count)
+def bits_size(numel: int) -> int:
+    """Bytes of a bit an entry, the most that `encode` takes."""
+    return -(-numel // 8)
 
 
 def encode(flat: Tensor, numel: int) -> tuple[Coding, Tensor]:
@@ -39,7 +39,7 @@ def encode(flat: Tensor, numel: int) -> tuple[Coding, Tensor]:
         The coding, and its bytes as a uint8 vector.
     """
     gaps = np.diff(flat.numpy(), prepend=-1) - 1
-    sizes: dict[Coding, int] = {"bits": _bits_size(numel)}
+    sizes: dict[Coding, int] = {"bits": bits_size(numel)}
     sizes |= {coding: _gaps_size(gaps, dtype) for coding, dtype in _NUMBERS.items()}
     coding = min(sizes, key=lambda name: sizes[name])
     if coding != "bits":
@@ -64,12 +64,8 @@ def decode(coding: Coding, code: Tensor, count: int, numel: int) -> Tensor:
     return torch.from_numpy(flat)
 
 
-def _bits_size(numel: int) -> int:
-    return -(-numel // 8)
-
-
 def _decode_bits(data: NDArray[np.uint8], numel: int) -> NDArray[np.int64]:
-    if data.size != _bits_size(numel):
+    if data.size != bits_size(numel):
         raise ValueError(f"has {data.size} bytes of bits for {numel} entries")
     # Bits beyond the last entry count as positions out of range.
     return np.flatnonzero(np.unpackbits(data)).astype(np.int64, copy=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 
 import torch
 from torch import Tensor, nn
@@ -36,11 +37,13 @@ def semi_structured(model: nn.Module) -> nn.Module:
     chosen = _layers_to_convert(model)
     copied = copy.deepcopy(model)
     modules = dict(copied.named_modules())
-    for name in chosen:
-        weight = modules[name]._parameters["weight"]
-        assert weight is not None  # `_layers_to_convert` has looked
-        held = torch.sparse.to_sparse_semi_structured(weight.detach().contiguous())
-        modules[name].register_parameter("weight", Parameter(held, requires_grad=False))
+    with warnings.catch_warnings():  # that it is a prototype is said above
+        warnings.simplefilter("ignore", UserWarning)
+        for name in chosen:
+            weight = modules[name]._parameters["weight"]
+            assert weight is not None  # `_layers_to_convert` has looked
+            held = torch.sparse.to_sparse_semi_structured(weight.detach().contiguous())
+            modules[name].register_parameter("weight", Parameter(held, requires_grad=False))
     return copied
 
 

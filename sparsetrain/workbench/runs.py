@@ -46,6 +46,9 @@ class RunConfig(Config):
     )
     momentum: float = Field(0.9, ge=0, lt=1, description="momentum of SGD")
     weight_decay: float = Field(5e-4, ge=0, description="weight decay of SGD")
+    storage: Literal["masked", "csr", "auto"] = Field(
+        "masked", description="how sparse weights are held"
+    )
     seed: int = Field(0, ge=0, description="of the weights, the masks and the order of samples")
 
 
@@ -143,7 +146,7 @@ def _assemble(config: RunConfig, recipe: Recipe | None, dataset: Dataset, steps:
     sparse, ages = None, None
     events: list[UpdateEvent] = []
     if recipe is not None:
-        sparse = SparseOptimizer(optimizer, model, recipe, seed=config.seed)
+        sparse = SparseOptimizer(optimizer, model, recipe, seed=config.seed, storage=config.storage)
         sparse.register_update_hook(events.append)
         ages = MaskAges(sparse)
     trainer = Trainer(

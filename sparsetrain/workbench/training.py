@@ -187,8 +187,9 @@ class Trainer:
                 )
         if (state["scheduler"] is None) != (self.scheduler is None):
             raise ValueError("the checkpoint and this run differ in having a scheduler")
-        self.model.load_state_dict(state["model"])
+        # The optimizer first: it makes the layers hold their weights as they did then.
         self.optimizer.load_state_dict(state["optimizer"])
+        self.model.load_state_dict(state["model"])
         if self.scheduler is not None:
             self.scheduler.load_state_dict(state["scheduler"])
         torch.set_rng_state(state["random_state"])

@@ -257,7 +257,7 @@ def input_gradient(pattern: Pattern, values: Tensor, grad: Tensor) -> Tensor:
 def values_gradient(pattern: Pattern, x: Tensor, grad: Tensor) -> Tensor:
     """grad x^T at the non-zeros: [nnz]."""
     batch = x.shape[1]
-    out = torch.empty(pattern.nnz)
+    out = torch.empty(pattern.nnz) if batch else torch.zeros(pattern.nnz)
     arrays = [*pattern.arrays, _flat(x), _flat(grad), _flat(out)]
     with _threads() as chunks:
         for start, width, number in tiles(batch):
@@ -270,6 +270,8 @@ def gradients(pattern: Pattern, values: Tensor, x: Tensor, grad: Tensor) -> tupl
     batch = x.shape[1]
     pointers, rows, order, place = pattern.transposed_arrays
     grad_x = torch.empty(pattern.shape[1], batch)
+    if batch == 0:
+        return grad_x, torch.zeros(pattern.nnz)
     by_columns = np.empty(pattern.nnz, dtype=np.float32)
     turned = _taken(_flat(values), order)
     arrays = (pointers, rows, turned, _flat(x), _flat(grad), _flat(grad_x), by_columns)
@@ -311,6 +313,8 @@ def _threads() -> Iterator[int]:
     number = min(torch.get_num_threads(), _MOST_THREADS)
     with _one_at_a_time:
         if getattr(_local, "threads", None) != number:  # numba remembers it for each thread
+            before = torch.get_num_threads()
             numba.set_num_threads(number)
+            torch.set_num_threads(before)  # numba's first call sets OpenMP's number for torch, too
             _local.threads = number
         yield _CHUNKS_A_THREAD * number

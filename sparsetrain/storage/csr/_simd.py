@@ -4,7 +4,8 @@ numba vectorises plain loops, but keeps the sums over a sparse row in memory and
 which costs half of the speed. These few operations say exactly what is wanted; LLVM turns a vector
 of any width into the registers that the processor has. Importing this module needs numba.
 
-`width` is a constant of the calling function. Nothing is checked: indices must be in range.
+`width` is a constant of the calling function, and part of each signature, by which numba tells the
+operations of different widths apart. Nothing is checked: indices must be in range.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ def splat(context: Any, width: Any, x: Any) -> Any:
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return _repeat(builder, args[1], kind.width)
 
-    return kind(types.int64, types.float32), generate
+    return kind(width, types.float32), generate
 
 
 @intrinsic(prefer_literal=True)
@@ -55,7 +56,7 @@ def load(context: Any, width: Any, array: Any, i: Any) -> Any:
         array = _data(context, builder, signature, args, 1)
         return _load(builder, array, args[2], ir.VectorType(_FLOAT, kind.width))
 
-    return kind(types.int64, array, types.intp), generate
+    return kind(width, array, types.intp), generate
 
 
 @intrinsic
@@ -92,7 +93,7 @@ def gather(context: Any, width: Any, array: Any, indices: Any, i: Any) -> Any:
         name = f"llvm.masked.gather.v{width}f32.v{width}p0"
         return _call(builder, name, otherwise.type, arguments)
 
-    return kind(types.int64, array, indices, types.intp), generate
+    return kind(width, array, indices, types.intp), generate
 
 
 @intrinsic
@@ -176,9 +177,7 @@ def transpose(
             stored.align = _ALIGNMENT
         return context.get_dummy_value()
 
-    return types.void(
-        types.int64, source, types.intp, types.intp, out, types.intp, types.intp
-    ), generate
+    return types.void(width, source, types.intp, types.intp, out, types.intp, types.intp), generate
 
 
 def _swapped(builder: Any, a: Any, b: Any, distance: int) -> tuple[Any, Any]:
