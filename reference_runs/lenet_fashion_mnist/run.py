@@ -56,7 +56,9 @@ def steps_of(settings: Settings) -> int:
     return settings.epochs * (len(data().train_x) // settings.batch_size)
 
 
-def begin(settings: Settings, seed: int, chosen: st.Policy | None) -> Trainer:
+def begin(
+    settings: Settings, seed: int, chosen: st.Policy | None, storage: str = "masked"
+) -> Trainer:
     """A run before its first step; `chosen` is the policy, None for dense training."""
     dataset, steps = data(), steps_of(settings)
     model = build("lenet_300_100", in_shape=dataset.in_shape, classes=10, seed=seed)
@@ -68,7 +70,7 @@ def begin(settings: Settings, seed: int, chosen: st.Policy | None) -> Trainer:
         weight_decay=settings.weight_decay,
     )
     if chosen is not None:
-        optimizer = st.SparseOptimizer(optimizer, model, chosen, seed=seed)
+        optimizer = st.SparseOptimizer(optimizer, model, chosen, seed=seed, storage=storage)
     return Trainer(
         model,
         optimizer,
