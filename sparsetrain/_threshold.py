@@ -41,6 +41,12 @@ def few_best(values: Array, k: int, largest: bool) -> Array | None:
     return good[best([values[good]], k, largest)[0]]
 
 
+def larger(values: Array, bar: float) -> Array:
+    """Ascending indices of the values above `bar`."""
+    limit = values.dtype.type(bar)
+    return _gather(lambda chunk: np.flatnonzero(values[chunk] > limit), values.size)
+
+
 def few_best_where(values: Array, mask: Array, k: int, among: bool, largest: bool) -> Array | None:
     """As :func:`few_best` for the absolute values where the mask is `among`."""
     stride = max(values.size // _SMALL_SAMPLE, 4) | 1

@@ -14,10 +14,16 @@ def random_ranks(population: int, count: int, generator: torch.Generator | None 
     if 4 * count >= population:
         return torch.randperm(population, generator=generator)[:count].sort().values
     draws = np.empty(0, dtype=np.int64)
-    while True:  # more than 3/4 of the draws are new, so this ends after a round or two
-        more = torch.randint(population, (count + count // 8 + 16,), generator=generator)
-        draws = np.concatenate([draws, more.numpy()])
-        values, first = np.unique(draws, return_index=True)
-        if values.size >= count:
-            chosen = values[np.argsort(first, kind="stable")[:count]]
-            return torch.from_numpy(np.sort(chosen))
+    length = count  # of the draws that are looked at; repetitions make it longer
+    while True:
+        if length > draws.size:  # more than 3/4 are new, so this happens once or twice
+            more = torch.randint(population, (count + count // 8 + 16,), generator=generator)
+            draws = np.concatenate([draws, more.numpy()])
+        length = min(length, draws.size)
+        ordered = np.sort(draws[:length])
+        is_new = np.ones(length, dtype=np.bool_)
+        np.not_equal(ordered[1:], ordered[:-1], out=is_new[1:])
+        missing = count - int(np.count_nonzero(is_new))
+        if missing == 0:
+            return torch.from_numpy(ordered[is_new])
+        length += missing

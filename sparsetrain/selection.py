@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sparsetrain._comparable import check_count, check_finite, comparable, in_layer
-from sparsetrain._threshold import SMALL, best, few_best, few_best_where
+from sparsetrain._threshold import SMALL, best, few_best, few_best_where, larger
 from sparsetrain.structures import NM, Structure, Unstructured
 
 
@@ -43,6 +43,11 @@ def top_k_indices(scores: Tensor, k: int, *, name: str = "") -> Tensor:
 def bottom_k_indices(scores: Tensor, k: int, *, name: str = "") -> Tensor:
     """Flat indices (int64, ascending) of the ``k`` smallest scores; see :func:`top_k`."""
     return _indices(scores, k, name, largest=False)
+
+
+def above(values: Tensor, bar: Tensor) -> Tensor:
+    """Indices (int64, ascending) of the entries of a vector that are larger than ``bar``."""
+    return torch.from_numpy(larger(values.numpy(), bar.item()))
 
 
 def top_k_across(scores: Mapping[str, Tensor], k: int, minimum: int = 1) -> dict[str, Tensor]:

@@ -10,18 +10,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sparsetrain._lookup import places
 from sparsetrain.policies.group import TargetGroup
 from sparsetrain.random_choice import random_ranks
 from sparsetrain.selection import group_top_k
 from sparsetrain.structures import Structure, Unstructured
 from sparsetrain.targets import SparseTarget
-
-
-def without(indices: Tensor, removed: Tensor) -> Tensor:
-    """`indices` less `removed`; both ascending, the second among the first."""
-    keep = torch.ones(indices.numel(), dtype=torch.bool, device=indices.device)
-    keep[torch.searchsorted(indices, removed)] = False
-    return indices[keep]
 
 
 def random_free(numel: int, kept: Tensor, count: int, generator: torch.Generator) -> Tensor:
@@ -34,7 +28,7 @@ def random_free(numel: int, kept: Tensor, count: int, generator: torch.Generator
     ranks = random_ranks(numel - kept.numel(), count, generator).to(kept.device)
     # The r-th free index is r plus the number of kept indices before it.
     before = kept - torch.arange(kept.numel(), device=kept.device)
-    return ranks + torch.searchsorted(before, ranks, right=True)
+    return ranks + places(before, ranks + 1)
 
 
 def drop_and_grow_units(

@@ -8,12 +8,12 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from sparsetrain._lookup import without
 from sparsetrain.policies.base import DynamicPolicy
 from sparsetrain.policies.engine import (
     drop_and_grow_units,
     is_unstructured,
     random_free,
-    without,
 )
 from sparsetrain.policies.group import TargetGroup
 from sparsetrain.schedules import ConstantFraction, as_schedule

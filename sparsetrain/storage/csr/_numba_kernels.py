@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -209,6 +208,27 @@ def take(source: Array, places: Array, out: Array) -> None:
 
 
 @njit(**_OPTIONS)
+def _places_kernel(ordered: Array, queries: Array, out: Array, chunks: int) -> None:
+    number = queries.shape[0]
+    for chunk in prange(chunks):
+        first, last = number * chunk // chunks, number * (chunk + 1) // chunks
+        if first < last:
+            place = np.searchsorted(ordered, queries[first])
+            for i in range(first, last):
+                while place < ordered.shape[0] and ordered[place] < queries[i]:
+                    place += 1
+                out[i] = place
+
+
+def places(ordered: Tensor, queries: Tensor) -> Tensor:
+    """Where each query would be inserted; both int64, contiguous and ascending."""
+    out = torch.empty_like(queries)
+    with _one_at_a_time:
+        _places_kernel(ordered.numpy(), queries.numpy(), out.numpy(), _chunks())
+    return out
+
+
+@njit(**_OPTIONS)
 def _transpose_kernel(x: Array, out: Array, rows: int, columns: int) -> None:
     """out [columns, rows] = x [rows, columns], transposed in squares."""
     size = _SQUARE
@@ -226,7 +246,8 @@ def transposed(x: Tensor) -> Tensor:
     """[rows, columns] -> [columns, rows], both contiguous."""
     rows, columns = x.shape
     out = torch.empty(columns, rows)
-    with _threads():
+    with _one_at_a_time:
+        _chunks()
         _transpose_kernel(_flat(x), _flat(out), rows, columns)
     return out
 
@@ -259,7 +280,8 @@ def values_gradient(pattern: Pattern, x: Tensor, grad: Tensor) -> Tensor:
     batch = x.shape[1]
     out = torch.empty(pattern.nnz) if batch else torch.zeros(pattern.nnz)
     arrays = [*pattern.arrays, _flat(x), _flat(grad), _flat(out)]
-    with _threads() as chunks:
+    with _one_at_a_time:
+        chunks = _chunks()
         for start, width, number in tiles(batch):
             _values_gradient_kernel(width)(*arrays, batch, start, number, chunks)
     return out
@@ -275,7 +297,8 @@ def gradients(pattern: Pattern, values: Tensor, x: Tensor, grad: Tensor) -> tupl
     by_columns = np.empty(pattern.nnz, dtype=np.float32)
     turned = _taken(_flat(values), order)
     arrays = (pointers, rows, turned, _flat(x), _flat(grad), _flat(grad_x), by_columns)
-    with _threads() as chunks:
+    with _one_at_a_time:
+        chunks = _chunks()
         for start, width, number in tiles(batch):
             _gradients_kernel(width)(*arrays, batch, start, number, chunks)
     return grad_x, torch.from_numpy(_taken(by_columns, place))
@@ -287,7 +310,8 @@ def _multiply(
     batch = x.shape[1]
     start_values = _NO_BIAS if bias is None else _flat(bias)
     arrays = (pointers, indices, values, _flat(x), start_values, _flat(out))
-    with _threads() as chunks:
+    with _one_at_a_time:
+        chunks = _chunks()
         if batch == 1:
             _vector_kernel()(*arrays, chunks)
         else:
@@ -297,7 +321,8 @@ def _multiply(
 
 def _taken(source: Array, places: Array) -> Array:
     out = np.empty(places.size, dtype=np.float32)
-    with _threads():
+    with _one_at_a_time:
+        _chunks()
         take(source, places, out)
     return out
 
@@ -307,14 +332,12 @@ def _flat(tensor: Tensor) -> Array:
     return array
 
 
-@contextmanager
-def _threads() -> Iterator[int]:
-    """Use as many threads as torch does; yields into how many chunks to cut the rows."""
+def _chunks() -> int:
+    """Use as many threads as torch does; returns into how many chunks to cut the rows."""
     number = min(torch.get_num_threads(), _MOST_THREADS)
-    with _one_at_a_time:
-        if getattr(_local, "threads", None) != number:  # numba remembers it for each thread
-            before = torch.get_num_threads()
-            numba.set_num_threads(number)
-            torch.set_num_threads(before)  # numba's first call sets OpenMP's number for torch, too
-            _local.threads = number
-        yield _CHUNKS_A_THREAD * number
+    if getattr(_local, "threads", None) != number:  # numba remembers it for each thread
+        before = torch.get_num_threads()
+        numba.set_num_threads(number)
+        torch.set_num_threads(before)  # numba's first call sets OpenMP's number for torch, too
+        _local.threads = number
+    return _CHUNKS_A_THREAD * number

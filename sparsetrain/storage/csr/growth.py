@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sparsetrain._comparable import check_count, check_finite
-from sparsetrain.selection import top_k_indices
+from sparsetrain.selection import above, top_k_indices
 
 #: Entries of a block: 16 MiB of float32, small beside the network and large enough for the product.
 _BLOCK = 1 << 22
@@ -46,9 +46,12 @@ def largest_in_blocks(
         low, high = torch.searchsorted(taken, torch.tensor([start * width, stop * width]))
         block[taken[low:high] - start * width] = -1.0
         check_finite(block, name)
-        # Ties go to the lower index, so a later entry has to be larger than the last of the best.
-        bar = best.min() if count and best.numel() == count else torch.tensor(-0.5)
-        found = (block > bar).nonzero().view(-1)
+        if best.numel() < count:
+            free = block.numel() - int(high - low)
+            found = top_k_indices(block, min(count, free), name=name)
+        else:
+            # Ties go to the lower index: a later entry has to be larger than the last of the best.
+            found = above(block, best.min()) if count else where
         best = torch.cat([best.to(block), block[found]])
         where = torch.cat([where, found + start * width])
         if best.numel() > count:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparsetrain._lookup import places, without
 from sparsetrain.selection import bottom_k_indices, extreme_indices
 from sparsetrain.storage.csr.growth import largest_in_blocks
 from sparsetrain.storage.csr.layers import SparseLayer
@@ -32,7 +33,10 @@ class CsrTarget(SparseTarget):
         super().__init__(name, layer.values)
         self.shape = layer.weight_shape
         self.numel = layer.pattern.shape[0] * layer.pattern.shape[1]
-        self._source = torch.empty(0, dtype=torch.int64)
+        # How the last exchange moved connections: where each was before, and where new ones are.
+        self._source = self._at_new = torch.empty(0, dtype=torch.int64)
+        self._active_indices: Tensor | None = None
+        self._seen: Pattern | None = None
 
     @property
     def active(self) -> int:
@@ -43,12 +47,17 @@ class CsrTarget(SparseTarget):
     def mask(self) -> Tensor:
         """Bool tensor of the weight's shape; made at each call, a byte a dense weight."""
         mask = torch.zeros(self.numel, dtype=torch.bool)
-        mask[self.active_indices()] = True
+        mask[self.layer.pattern.flat()] = True
         return mask.view(self.shape)
 
     def active_indices(self) -> Tensor:
-        """Flat indices of the active weights, int64, ascending."""
-        return self.layer.pattern.flat()
+        """Flat indices of the active weights, int64, ascending.
+
+        A policy asks several times in an update, so they are kept until the pattern changes.
+        """
+        if self._active_indices is None or self._seen is not self.layer.pattern:
+            self._active_indices, self._seen = self.layer.pattern.flat(), self.layer.pattern
+        return self._active_indices
 
     def at_active(self, tensor: Tensor) -> Tensor:
         """The values' own order is that of the active weights."""
@@ -92,7 +101,7 @@ class CsrTarget(SparseTarget):
     def steepest_free(self, count: int, freed: Tensor) -> Tensor:
         """As `largest_free` by the dense gradient, a block of rows at a time."""
         tape, pattern = self._watched(), self.layer.pattern
-        taken = _without(self.active_indices(), freed)
+        taken = without(self.active_indices(), freed)
         return largest_in_blocks(tape.rows, pattern.shape, count, taken, self.name)
 
     def _watched(self) -> Tape:
@@ -113,43 +122,61 @@ class CsrTarget(SparseTarget):
         """Drop and grow connections; those in both sets stay as they are."""
         active = self.active_indices()
         stays = torch.ones(active.numel(), dtype=torch.bool)
-        stays[torch.searchsorted(active, dropped)] = False
-        place = torch.searchsorted(active, grown).clamp_(max=max(active.numel() - 1, 0))
-        was_active = active[place] == grown
+        stays[places(active, dropped)] = False
+        order = torch.arange(grown.numel())
+        if (grown[1:] < grown[:-1]).any():
+            grown, order = grown.sort()
+        place = places(active, grown)
+        was_active = torch.zeros_like(grown, dtype=torch.bool)
+        inside = place < active.numel()
+        was_active[inside] = active[place[inside]] == grown[inside]
         stays[place[was_active]] = True
-        gone, new = active[~stays], grown[~was_active]
-        starts = None if values is None else values[~was_active]
-        new, order = new.sort()
-        if starts is not None:
-            starts = starts[order]
-        self._rebuild(active, stays.nonzero().view(-1), new, starts)
-        return gone, new
+        is_new = ~was_active
+        new = grown[is_new]
+        starts = None if values is None else values[order[is_new]]
+        self._rebuild(active, stays, new, place[is_new], starts)
+        return active[~stays], new
 
     def _rebuild(
-        self, active: Tensor, survivors: Tensor, new: Tensor, starts: Tensor | None
+        self, active: Tensor, stays: Tensor, new: Tensor, place: Tensor, starts: Tensor | None
     ) -> None:
-        """Install the pattern of the survivors (places in `active`) and the new flat indices."""
-        kept = active[survivors]
-        flat = torch.empty(kept.numel() + new.numel(), dtype=torch.int64)
-        source = torch.full_like(flat, -1)
-        at_new = torch.searchsorted(kept, new) + torch.arange(new.numel())
-        is_kept = torch.ones(flat.numel(), dtype=torch.bool)
-        is_kept[at_new] = False
-        flat[at_new], flat[is_kept], source[is_kept] = new, kept, survivors
-        self._source = source
+        """Install a new pattern, and remember how to carry tensors over to it.
+
+        Args:
+            stays: which of the `active` connections stay.
+            new: flat indices to add, ascending.
+            place: where each of them would be inserted into `active`.
+            starts: their values, 0 when None.
+        """
+        kept_before = torch.cat([torch.zeros(1, dtype=torch.int64), stays.cumsum(0)])
+        survivors = stays.nonzero().view(-1)
+        self._at_new = kept_before[place] + torch.arange(new.numel())
+        is_kept = torch.ones(survivors.numel() + new.numel(), dtype=torch.bool)
+        is_kept[self._at_new] = False
+        # For a new connection any place will do; what is there is overwritten.
+        rank = is_kept.cumsum(0).sub_(1).clamp_(min=0)
+        self._source = survivors[rank] if survivors.numel() else torch.zeros_like(rank)
+        flat = self._carried(active)
+        flat[self._at_new] = new
         values = self.renewed(self.param.detach(), new, new, 0.0)
         if starts is not None:
-            values[at_new] = starts
+            values[self._at_new] = starts
         gradient = self.param.grad
         self.layer.hold(values, Pattern.of(flat, self.layer.pattern.shape), self.shape)
+        self._active_indices = None
         self.param = self.layer.values
         if gradient is not None:
             self.param.grad = self.renewed(gradient, new, new, 0.0)
 
+    def _carried(self, tensor: Tensor) -> Tensor:
+        if tensor.numel() == 0:
+            return tensor.new_zeros(self._source.numel())
+        return tensor.index_select(0, self._source)
+
     def renewed(self, tensor: Tensor, gone: Tensor, new: Tensor, fresh: float) -> Tensor:
         """A tensor of one number a value, carried along with the last exchange."""
-        moved = tensor[self._source.clamp(min=0)]
-        moved[self._source < 0] = fresh
+        moved = self._carried(tensor)
+        moved[self._at_new] = fresh
         return moved
 
     def replace_mask(self, mask: Tensor) -> tuple[int, int]:
@@ -190,9 +217,3 @@ def check_pattern_entry(name: str, shape: tuple[int, ...], entry: Mapping[str, A
         check(as_matrix(shape), pointers, columns)
     except ValueError as error:
         raise ValueError(f"in the pattern of {name}, {error}") from error
-
-
-def _without(indices: Tensor, removed: Tensor) -> Tensor:
-    keep = torch.ones(indices.numel(), dtype=torch.bool)
-    keep[torch.searchsorted(indices, removed)] = False
-    return indices[keep]
