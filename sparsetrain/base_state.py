@@ -82,17 +82,23 @@ def find_resting(base: Optimizer, group: dict[str, Any], like: Tensor) -> Restin
 
 def why_not_resized(base: Optimizer, param: Parameter) -> str:
     """Why a vector of another size cannot take the place of `param`; empty when it can."""
-    group = next(g for g in base.param_groups if any(held is param for held in g["params"]))
-    works = []
-    for shape in ((4, 8), (32,)):
-        trial = Parameter(torch.zeros(shape, dtype=param.dtype, device=param.device))
-        start = torch.ones_like(trial)
-        works.append(_try(base, group, trial, start, [start, -start]) is not None)
-    if works == [True, True]:
+    matrix, vector = _states_of_both(base, _group_of(base, param), param)
+    if matrix is not None and vector is not None:
         return ""
-    return (
-        "its optimizer trains matrices alone" if works[0] else "its optimizer cannot be tried out"
-    )
+    can_be_tried = matrix is not None
+    return f"its optimizer {'trains matrices alone' if can_be_tried else 'cannot be tried out'}"
+
+
+def _states_of_both(
+    base: Optimizer, group: dict[str, Any], like: Tensor
+) -> list[dict[str, Any] | None]:
+    """What the optimizer keeps for a matrix and for a vector; None for one it cannot train."""
+    states = []
+    for shape in ((4, 8), (32,)):
+        trial = Parameter(torch.zeros(shape, dtype=like.dtype, device=like.device))
+        start = torch.ones_like(trial)
+        states.append(_try(base, group, trial, start, [start, -start]))
+    return states
 
 
 def _try(
@@ -199,16 +205,28 @@ def replace_parameter(
     Args:
         moved: (key, state tensor shaped like `old`) -> the same shaped like `new`.
     """
-    for group in base.param_groups:
-        group["params"][:] = [new if held is old else held for held in group["params"]]
+    group = _group_of(base, old)
+    group["params"][:] = [new if held is old else held for held in group["params"]]
     if old not in base.state:
         return
     state: dict[str, Any] = base.state.pop(old)
+    if (old.dim() > 1) != (new.dim() > 1) and not _keeps_the_same(base, group, new):
+        return  # Adafactor, for one, factors its state for matrices: it starts anew
     shaped = dict(shaped_state(state, old))
     others = [v for k, v in state.items() if k not in shaped and isinstance(v, Tensor) and v.dim()]
-    if others:  # such as Adafactor's factors, which only fit the old shape: it starts anew
-        return
-    base.state[new] = {k: moved(k, v) if k in shaped else v for k, v in state.items()}
+    if not others:  # what only fits the old shape cannot be carried: it starts anew
+        base.state[new] = {k: moved(k, v) if k in shaped else v for k, v in state.items()}
+
+
+def _group_of(base: Optimizer, param: Tensor) -> dict[str, Any]:
+    groups = base.param_groups
+    return next(group for group in groups if any(held is param for held in group["params"]))
+
+
+def _keeps_the_same(base: Optimizer, group: dict[str, Any], like: Tensor) -> bool:
+    """Whether the optimizer keeps the same for a matrix and for a vector."""
+    matrix, vector = _states_of_both(base, group, like)
+    return matrix is not None and vector is not None and matrix.keys() == vector.keys()
 
 
 def zero_inactive_state(base: Optimizer, param: Tensor, mask: Tensor) -> None:

@@ -170,6 +170,7 @@ class Keeper:
     @torch.no_grad()
     def update_instead(self) -> None:
         """The step on which masks change in place of the gradient step."""
+        self.holder.follow_layers()
         self._observe()
         for target in self.targets.values():
             target.check_outside_writes()
@@ -192,6 +193,7 @@ class Keeper:
     @torch.no_grad()
     def update(self) -> None:
         """Let all policies change their masks now, and tell the listeners."""
+        self.holder.follow_layers()
         for target in self.targets.values():
             target.check_outside_writes()
         self._tell(self.step_count, self._commit(self._decide(lambda policy: True)))
@@ -282,6 +284,7 @@ class Keeper:
             "targets": {n: checkpoint.describe_target(t) for n, t in self.targets.items()},
             "memories": [dict(group.memory) for _, group in self.groups],
             "tracker": self.tracker.state_dict(),
+            "measured": self.holder.choice.measured(),
         }
 
     def can_switch(self, name: str) -> bool:
@@ -303,4 +306,5 @@ class Keeper:
             group.memory.clear()
             group.memory.update({k: copy_to_device_of(v, group) for k, v in memory.items()})
         self.tracker.load_state_dict(saved["tracker"])
+        self.holder.choice.remember(saved.get("measured", {}))
         self.watch_gradients()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 from torch import nn
@@ -124,6 +124,18 @@ class StorageChoice:
         times = measure(self.owner_of(target), target.density, shape)
         self.why[name] = f"measured: {times.dense:.2f} ms dense, {times.sparse:.2f} ms csr"
         return times.sparse < times.dense
+
+    def measured(self) -> dict[str, Any]:
+        """What a resumed run has to know to measure at the same steps."""
+        shapes = {name: list(meter.shape or ()) for name, meter in self._meters.items()}
+        return {"densities": dict(self._measured_at), "shapes": shapes}
+
+    def remember(self, measured: Mapping[str, Any]) -> None:
+        """Inverse of `measured`."""
+        self._measured_at.update(measured.get("densities", {}))
+        for name, shape in measured.get("shapes", {}).items():
+            if name in self._meters and shape:
+                self._meters[name].shape = tuple(shape)
 
     def follow_layout(self, targets: Iterable[SparseTarget]) -> None:
         """With sparse layers in the model, its dense ones take over their layout."""

@@ -339,6 +339,12 @@ def test_tiles_cover_a_batch_once(widest: int) -> None:
         assert covered == batch
 
 
+def in_a_new_process(code: str, **environment: str) -> None:
+    subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | environment, check=True, timeout=300
+    )
+
+
 @pytest.mark.slow
 @needs_numba
 def test_a_machine_that_has_compiled_nothing_yet_trains_at_any_batch(tmp_path: Path) -> None:
@@ -352,8 +358,20 @@ for batch in (100, 1, 255, 64, 3):
     layer(x.detach()).sum().backward()
     assert torch.allclose(layer(x), x @ layer.weight.t() + layer.bias, atol=1e-5), batch
 """
-    environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)}
-    subprocess.run([sys.executable, "-c", code], env=environment, check=True, timeout=300)
+    in_a_new_process(code, NUMBA_CACHE_DIR=str(tmp_path))
+
+
+@needs_numba
+def test_torch_keeps_its_number_of_threads() -> None:
+    """numba's own threads, once they start, would change it."""
+    code = """
+import torch
+torch.set_num_threads(1)
+from sparsetrain.storage import SparseLinear
+SparseLinear(30, 20, 0.3)(torch.ones(2, 30)).sum().backward()
+assert torch.get_num_threads() == 1, torch.get_num_threads()
+"""
+    in_a_new_process(code, NUMBA_NUM_THREADS="2")
 
 
 @pytest.mark.parametrize(("choice", "dtype"), KERNELS)
@@ -614,7 +632,8 @@ def test_the_result_of_a_linear_layer_can_be_viewed_as_that_of_a_dense_one(
     layer = SparseLinear(6, 4, 0.5)
     out = layer(torch.ones(shape))
     assert torch.equal(out.view(shape[0], -1), out.flatten(1))
-    assert torch.equal(F.relu(out).view(-1), F.relu(out).flatten())
+    if len(shape) > 2:  # that of a matrix stays feature-major, whose columns come first
+        assert torch.equal(F.relu(out).view(-1), F.relu(out).flatten())
 
 
 def test_the_result_of_a_convolution_can_be_viewed_as_that_of_a_dense_one() -> None:

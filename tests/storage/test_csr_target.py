@@ -230,6 +230,34 @@ def test_many_exchanges_one_after_the_other(seed: int) -> None:
         assert torch.allclose(both.targets[1].layer(x), x @ dense_weight(both.targets[0]).t())
 
 
+@pytest.mark.parametrize("share", [0.001, 0.3, 1.0])
+def test_exchanges_of_very_many(share: float) -> None:
+    """There other algorithms may be worth it; places at both ends are among them."""
+    generator = torch.Generator().manual_seed(0)
+    order = torch.randperm(200_000, generator=generator)
+    active = torch.cat([order[:60_000], torch.tensor([0, 199_999])]).unique()
+    both = Pair((400, 500), active.tolist(), 0)
+    both.check()
+    dropped = active[torch.rand(active.numel(), generator=generator) < share]
+    free = torch.ones(200_000, dtype=torch.bool)
+    free[active] = False
+    free[dropped] = True
+    grown = free.nonzero().view(-1)
+    grown = grown[torch.rand(grown.numel(), generator=generator) < 0.2]
+    values = torch.randn(grown.numel(), generator=generator).double()
+    (gone, new), (gone_csr, new_csr) = both.exchange(dropped, grown, values)
+    assert torch.equal(gone, gone_csr) and torch.equal(new, new_csr)
+    both.check()
+    masked, csr = both.targets
+    count = csr.active // 3
+    dropped = csr.least_active(count)
+    assert torch.equal(dropped, masked.least_active(count))
+    assert torch.equal(csr.active_values(dropped), masked.active_values(dropped))
+    scores = torch.randn(400, 500, generator=generator)
+    found = csr.largest_free(scores, count, dropped)
+    assert torch.equal(found, masked.largest_free(scores, count, dropped))
+
+
 def test_the_parameter_stays_the_same_while_its_size_does() -> None:
     both = Pair((4, 5), [0, 3, 7, 9], 0)
     param, version = both.targets[1].param, both.targets[1].param._version

@@ -13,7 +13,7 @@ import torch
 from sparse_twins import pair, random_mask
 from torch import Tensor, nn
 
-from sparsetrain.storage.csr.convert import densify, sparsify, why_not
+from sparsetrain.storage.csr.convert import densify, follow_layout, sparsify, why_not
 from sparsetrain.storage.csr.layers import SparseConv2d, SparseLayer, SparseLinear
 
 
@@ -504,3 +504,72 @@ def test_a_mask_of_another_shape_changes_nothing() -> None:
     with pytest.raises((ValueError, IndexError, RuntimeError)):
         sparsify(layer, wrong)
     assert unchanged(before, layer)
+
+
+# Dense layers between sparse ones, which take over their layout.
+
+LAYOUTS = {
+    "rows": lambda: torch.randn(5, 12),
+    "features": lambda: torch.randn(12, 5).t(),
+    "one": lambda: torch.randn(12),
+    "one of a batch": lambda: torch.randn(1, 12),
+    "none": lambda: torch.randn(12, 0).t(),
+    "sequences": lambda: torch.randn(12, 3, 4).permute(1, 2, 0),
+    "turned sequences": lambda: torch.randn(12, 4, 3).permute(2, 1, 0),
+    "slice": lambda: torch.randn(12, 10).t()[::2],
+}
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_dense_layer_that_follows_computes_what_it_did(layout: str, bias: bool) -> None:
+    layer = nn.Linear(12, 9, bias=bias)
+    x = LAYOUTS[layout]()
+    results = []
+    for on in (False, True):
+        follow_layout([layer], on=on)
+        layer.zero_grad()
+        inputs = x.clone(memory_format=torch.preserve_format).requires_grad_()
+        out = layer(inputs)
+        out.square().sum().backward()
+        results.append((out, inputs.grad, layer.weight.grad))
+    for mine, wanted in zip(*results, strict=True):
+        assert mine.shape == wanted.shape and mine.dtype == wanted.dtype
+        assert torch.allclose(mine, wanted, rtol=1e-5, atol=1e-5)
+    follow_layout([layer], on=False)
+    assert type(layer) is nn.Linear
+
+
+@pytest.mark.parametrize("layout", ["rows", "features"])
+def test_within_autocast_it_gives_the_dtype_that_it_gave(layout: str) -> None:
+    layer, x = nn.Linear(12, 9), LAYOUTS[layout]()
+    dtypes = []
+    for on in (False, True):
+        follow_layout([layer], on=on)
+        with torch.autocast("cpu", torch.bfloat16):
+            dtypes.append(layer(x).dtype)
+    assert dtypes[0] == dtypes[1]
+
+
+def test_only_plain_dense_layers_follow() -> None:
+    modules = [nn.Linear(4, 4), Mine(4, 4), with_weight_norm(), SparseLinear(4, 4, 0.5)]
+    kinds = [type(m) for m in modules]
+    follow_layout([*modules, nn.ReLU()], on=True)
+    assert [type(m) is kind for m, kind in zip(modules, kinds, strict=True)] == [
+        False,
+        True,
+        True,
+        True,
+    ]
+    assert isinstance(modules[0], nn.Linear)
+    follow_layout(modules, on=False)
+    assert [type(m) for m in modules] == kinds
+
+
+def test_a_layer_that_follows_can_become_sparse_and_is_plain_when_it_comes_back() -> None:
+    layer = nn.Linear(12, 9)
+    follow_layout([layer], on=True)
+    assert why_not(layer) == ""
+    sparse = sparsify(layer, random_mask((9, 12), 0.3))
+    densify(sparse)
+    assert type(layer) is nn.Linear

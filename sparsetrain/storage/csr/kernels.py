@@ -21,10 +21,10 @@ _choice: Choice = "best"
 def numba_kernels() -> ModuleType | None:
     """The kernels in numba, or None where numba is not installed (`pip install .[fast]`)."""
     try:
-        from sparsetrain.storage.csr import _numba_kernels
+        from sparsetrain.storage.csr import numba_products
     except ImportError:
         return None
-    return _numba_kernels
+    return numba_products
 
 
 def kernels_for(dtype: torch.dtype) -> ModuleType:

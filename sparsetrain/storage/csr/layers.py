@@ -72,18 +72,26 @@ class SparseLayer(nn.Module):
             bias.uniform_(-bound, bound, generator=generator)
 
     def _multiply(self, x: Tensor) -> Tensor:
-        """[batch, in] -> [batch, out]."""
-        if x.device.type != "cpu" or self.values.device.type != "cpu":
+        """[batch, in] -> [out, batch], feature-major."""
+        values, bias = self._parameters["values"], self._parameters["bias"]
+        assert values is not None
+        if not (x.is_cpu and values.is_cpu):
             raise ValueError(
                 "csr storage computes on the CPU: move the model back, or train it with "
                 "storage='masked'"
             )
-        bias, dtype = self._parameters["bias"], self.values.dtype
+        dtype = values.dtype
+        if dtype not in DTYPES:
+            raise ValueError(
+                f"csr storage multiplies float32 and float64, and the layer was moved to {dtype}"
+            )
         if bias is not None and bias.dtype != dtype:
             raise ValueError(f"the bias is {bias.dtype} and the values are {dtype}")
         tape = self.tape if torch.is_grad_enabled() else None
+        if tape is not None:
+            tape.attach(values)
         product: Tensor = SparseProduct.apply(  # type: ignore[no-untyped-call]
-            x.to(dtype), self.values, bias, self.pattern, tape
+            x.to(dtype), values, bias, self.pattern, tape
         )
         return product
 
@@ -162,8 +170,8 @@ class SparseLinear(SparseLayer, nn.Linear):  # type: ignore[override]
         self.in_features, self.out_features = in_features, out_features
         self.tape = None
         numel = in_features * out_features
-        count = round(density * numel)
-        if not 0 < density <= 1 or count < 1:
+        count = round(density * numel) if 0 < density <= 1 else 0
+        if count < 1:
             raise ValueError(
                 f"density={density} of {out_features} x {in_features} weights must be in (0, 1] "
                 "and leave at least one"
@@ -177,8 +185,15 @@ class SparseLinear(SparseLayer, nn.Linear):  # type: ignore[override]
 
     def forward(self, input: Tensor) -> Tensor:
         """[..., in_features] -> [..., out_features]."""
-        rows = input.reshape(-1, self.in_features)
-        return self._multiply(rows).reshape(*input.shape[:-1], self.out_features)
+        if input.shape[-1] != self.in_features:
+            raise ValueError(
+                f"the input has {input.shape[-1]} features and the layer {self.in_features}"
+            )
+        out = self._multiply(input.reshape(-1, self.in_features)).t()
+        if input.dim() == 2:
+            return out
+        # What follows a sequence is written for rows.
+        return out.contiguous().view(*input.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:
         """What `print` shows."""
@@ -197,13 +212,16 @@ class FollowingLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """[..., in_features] -> [..., out_features]."""
+        if input.shape[-1] != self.in_features:
+            return super().forward(input)  # which says so
         rows = input.reshape(-1, self.in_features)
         if rows.stride(0) != 1 or rows.shape[0] == 1:
             return super().forward(input)
-        out = self.weight @ rows.t()
         bias = self._parameters["bias"]
-        if bias is not None:
-            out = out + bias.unsqueeze(1)
+        if bias is None:
+            out = self.weight @ rows.t()
+        else:
+            out = torch.addmm(bias.unsqueeze(1), self.weight, rows.t())
         return out.t().reshape(*input.shape[:-1], self.out_features)
 
 
@@ -216,12 +234,16 @@ class SparseConv2d(SparseLayer, nn.Conv2d):  # type: ignore[override]
     def forward(self, input: Tensor) -> Tensor:
         """[N, in_channels, H, W] -> [N, out_channels, H', W']."""
         batched = input if input.dim() == 4 else input.unsqueeze(0)
+        if batched.shape[1] != self.in_channels:
+            raise ValueError(
+                f"the input has {batched.shape[1]} channels and the layer {self.in_channels}"
+            )
         number = batched.shape[0]
         height, width = self._output_size(batched.shape[2], batched.shape[3])
         # [in_channels * positions of the kernel, N * H' * W']
         features = self._patches(batched).transpose(0, 1).reshape(self.pattern.shape[1], -1)
-        out = self._multiply(features.t()).t()
-        out = out.reshape(self.out_channels, number, height, width).transpose(0, 1)
+        out = self._multiply(features.t())
+        out = out.view(self.out_channels, number, height, width).transpose(0, 1).contiguous()
         return out if input.dim() == 4 else out.squeeze(0)
 
     def _patches(self, x: Tensor) -> Tensor:

@@ -140,6 +140,7 @@ def check(shape: tuple[int, int], pointers: Tensor, columns: Tensor) -> None:
             raise ValueError(f"the {name} are not a vector of int32 or int64")
     if pointers.numel() != rows + 1:
         raise ValueError(f"there are {pointers.numel()} row pointers for {rows} rows")
+    pointers, columns = pointers.long(), columns.long()  # differences of int32 may wrap around
     if pointers[0] != 0 or pointers[-1] != columns.numel() or (pointers.diff() < 0).any():
         raise ValueError(f"the row pointers do not rise from 0 to {columns.numel()}")
     if columns.numel() and (columns.min() < 0 or columns.max() >= width):

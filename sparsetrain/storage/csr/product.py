@@ -2,42 +2,95 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn import Parameter
+from torch.utils.hooks import RemovableHandle
 
 from sparsetrain.storage.csr.kernels import kernels_for
 from sparsetrain.storage.csr.pattern import Pattern
 
 
-@dataclass
 class Tape:
     """The two factors of a weight's dense gradient, kept while somebody wants it.
 
-    The dense gradient is the sum of grad x^T over the backward passes since `zero_grad`; it is
-    asked for in blocks, so it never exists as a whole.
+    The dense gradient is the sum of grad x^T over what has been accumulated into the values'
+    gradient since `zero_grad`. It is asked for in blocks, so it never exists as a whole.
+
+    Attributes:
+        factors: (x [in, batch], grad [out, batch]) of each call of the layer.
     """
 
-    factors: list[tuple[Tensor, Tensor]] = field(default_factory=list)
-    _pass: int = -1
+    def __init__(self) -> None:
+        self.factors: list[tuple[Tensor, Tensor]] = []
+        self._forget()
 
-    def add(self, x: Tensor, grad: Tensor, accumulated: Tensor | None) -> None:
-        """Take the factors of one backward pass: x [in, batch] and grad [out, batch].
+    def _forget(self) -> None:
+        self._values: Parameter | None = None
+        self._hook: RemovableHandle | None = None
+        # Of the pass that runs; they count when autograd accumulates the gradient of the values.
+        self._pending: list[tuple[Tensor, Tensor]] = []
+        self._pass = -1
+        # The gradient as the last accumulation left it.
+        self._grad: Tensor | None = None
+        self._version = -1
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"factors": self.factors, "grad": self._grad, "untouched": self._is_untouched()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._forget()
+        self.factors, self._grad = state["factors"], state["grad"]
+        if self._grad is not None and state["untouched"]:
+            self._version = self._grad._version
+
+    def attach(self, values: Parameter) -> None:
+        """Follow what is accumulated into the gradient of `values`."""
+        if self._values is not values:
+            self.detach()
+            self._values = values
+            hook = values.register_post_accumulate_grad_hook(self._accumulated)  # type: ignore[no-untyped-call]
+            self._hook = hook
+
+    def detach(self) -> None:
+        """Follow nothing any more."""
+        if self._hook is not None:
+            self._hook.remove()
+        self._values = self._hook = None
+
+    def add(self, x: Tensor, grad: Tensor) -> None:
+        """Take the factors of one call of the layer in a backward pass."""
+        this_pass = torch._C._current_graph_task_id()
+        if this_pass != self._pass:
+            # What is pending was taken aside (`torch.autograd.grad`) and accumulated nowhere.
+            self._pending.clear()
+            self._pass = this_pass
+            if self._values is not None:
+                self.settle(self._values.grad)
+        # Copies, because both may be somebody's buffer that is written to after the pass.
+        self._pending.append((x.clone(), grad.clone()))
+
+    def _accumulated(self, values: Tensor) -> None:
+        self.factors += self._pending
+        self._pending = []
+        self._grad = values.grad
+        self._version = -1 if values.grad is None else values.grad._version
+
+    def settle(self, grad: Tensor | None) -> None:
+        """Forget the factors if `zero_grad` was called since they were taken.
 
         Args:
-            accumulated: what the values' gradient holds before this pass. None or zeros say that
-                `zero_grad` was called since the pass before.
+            grad: the values' gradient now. Zeros that autograd left there are no sign of it.
         """
-        # Several calls of one layer in one backward pass belong together.
-        this_pass = torch._C._current_graph_task_id()
-        is_another = this_pass != self._pass
-        if is_another and (accumulated is None or not accumulated.any()):
+        is_same = grad is not None and grad is self._grad and self._is_untouched()
+        if not is_same and (grad is None or not grad.any()):
             self.factors.clear()
-        self._pass = this_pass
-        self.factors.append((x, grad))
+
+    def _is_untouched(self) -> bool:
+        return self._grad is not None and self._grad._version == self._version
 
     def rows(self, start: int, stop: int) -> Tensor:
         """Rows of the dense gradient: [stop - start, in]."""
@@ -57,11 +110,10 @@ def _feature_major(x: Tensor, kernels: Any) -> Tensor:
 
 
 class SparseProduct(torch.autograd.Function):
-    """y = x W^T + b for a CSR weight W: [batch, in] -> [batch, out].
+    """y = W x^T + b for a CSR weight W: [batch, in] -> [out, batch], feature-major.
 
-    Inside, everything is feature-major, and so is the result: [out, batch] seen as [batch, out].
-    Element-wise functions keep that layout, so a network of sparse layers transposes its input
-    once. Gradients of gradients are not supported.
+    Seen as [batch, out] the result keeps its layout through element-wise functions, so a network of
+    sparse layers transposes its input once. Gradients of gradients are not supported.
     """
 
     @staticmethod
@@ -78,7 +130,7 @@ class SparseProduct(torch.autograd.Function):
         ctx.save_for_backward(features, values)
         ctx.pattern, ctx.tape = pattern, tape
         out: Tensor = kernels.product(pattern, values, features, bias)
-        return out.t()
+        return out
 
     @staticmethod
     @once_differentiable
@@ -86,7 +138,7 @@ class SparseProduct(torch.autograd.Function):
         features, values = ctx.saved_tensors
         wants_x, wants_values, wants_bias = ctx.needs_input_grad[:3]
         kernels = kernels_for(values.dtype)
-        grad = _feature_major(grad, kernels)
+        grad = _feature_major(grad.t(), kernels)
         grad_x = grad_values = grad_bias = None
         if wants_x and wants_values:
             grad_x, grad_values = kernels.gradients(ctx.pattern, values, features, grad)
@@ -96,6 +148,6 @@ class SparseProduct(torch.autograd.Function):
             grad_x = kernels.input_gradient(ctx.pattern, values, grad)
         if wants_bias:
             grad_bias = grad.sum(1)
-        if ctx.tape is not None:
-            ctx.tape.add(features, grad, values.grad)
+        if ctx.tape is not None and wants_values:
+            ctx.tape.add(features, grad)
         return None if grad_x is None else grad_x.t(), grad_values, grad_bias, None, None

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -15,6 +16,9 @@ from sparsetrain.storage.csr.layers import SparseLayer
 from sparsetrain.storage.csr.pattern import Pattern, as_matrix, check
 from sparsetrain.storage.csr.product import Tape
 from sparsetrain.targets import SparseTarget
+
+#: Two ways to sum the same products differ by less.
+_ROUNDING = 1e-5
 
 
 class CsrTarget(SparseTarget):
@@ -83,6 +87,8 @@ class CsrTarget(SparseTarget):
     def watch_gradient(self, wanted: bool) -> None:
         """Keep, or stop keeping, what the dense gradient of the next step is made of."""
         if not wanted:
+            if self.layer.tape is not None:
+                self.layer.tape.detach()
             self.layer.tape = None
         elif self.layer.tape is None:
             self.layer.tape = Tape()
@@ -96,23 +102,37 @@ class CsrTarget(SparseTarget):
         """The dense gradient, of the weight's shape; None without a backward pass."""
         if not self.has_gradient:
             return None
-        return self._watched().rows(0, self.shape[0]).view(self.shape)
+        gradient = self._rows()(0, self.shape[0])
+        # The step may have found the gradient scaled or clipped since; what holds for the active
+        # weights holds for all.
+        here, mine = gradient.reshape(-1)[self.active_indices()], self.param.grad
+        assert mine is not None
+        scale = float((here @ mine) / (here @ here)) if here.any() else 1.0
+        if math.isfinite(scale) and abs(scale - 1.0) > _ROUNDING:
+            gradient.mul_(scale)
+        return gradient.view(self.shape)
 
     def steepest_free(self, count: int, freed: Tensor) -> Tensor:
         """As `largest_free` by the dense gradient, a block of rows at a time."""
-        tape, pattern = self._watched(), self.layer.pattern
+        pattern = self.layer.pattern
         taken = without(self.active_indices(), freed)
-        return largest_in_blocks(tape.rows, pattern.shape, count, taken, self.name)
+        return largest_in_blocks(self._rows(), pattern.shape, count, taken, self.name)
 
-    def _watched(self) -> Tape:
+    def _rows(self) -> Callable[[int, int], Tensor]:
+        """(start, stop) -> those rows of the dense gradient."""
         tape = self.layer.tape
-        if tape is None or not tape.factors:
+        if tape is not None:
+            tape.settle(self.param.grad)
+            if tape.factors:
+                return tape.rows
+        if tape is None or self.param.grad is None or self.param.grad.any():
             raise ValueError(
                 f"csr storage did not keep the gradient of inactive weights of {self.name}: it "
                 "does so at steps whose update is due; before a forced update call "
                 "optimizer.expect_update() ahead of backward()"
             )
-        return tape
+        width = self.layer.pattern.shape[1]
+        return lambda start, stop: self.param.new_zeros(stop - start, width)
 
     # Changing the pattern.
 

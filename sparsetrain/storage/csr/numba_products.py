@@ -1,0 +1,138 @@
+"""The products of a sparse layer by numba: float32 on the CPU. Importing this needs numba.
+
+All matrices are feature-major: x [features, batch]. The batch is cut into tiles of powers of two.
+"""
+
+from __future__ import annotations
+
+import threading
+
+import numba
+import numpy as np
+import torch
+from torch import Tensor
+
+from sparsetrain.storage.csr._numba_kernels import (
+    Array,
+    gradients_kernel,
+    places_kernel,
+    product_kernel,
+    take,
+    tiles,
+    transpose_kernel,
+    values_gradient_kernel,
+    vector_kernel,
+)
+from sparsetrain.storage.csr.pattern import Pattern
+
+_CHUNKS_A_THREAD = 4
+_NO_BIAS = np.empty(0, dtype=np.float32)
+_MOST_THREADS: int = numba.config.NUMBA_NUM_THREADS
+# numba's simplest threading layer, used where OpenMP is missing, dies when it is entered twice.
+_one_at_a_time = threading.Lock()
+_local = threading.local()
+
+
+def product(pattern: Pattern, values: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
+    """W x + bias: [columns, batch] -> [rows, batch]."""
+    out = _new(pattern.shape[0], x.shape[1])
+    begin = _NO_BIAS if bias is None else _array(bias)
+    _multiply(*pattern.arrays, _array(values), _array(x), begin, out)
+    return torch.from_numpy(out)
+
+
+def input_gradient(pattern: Pattern, values: Tensor, grad: Tensor) -> Tensor:
+    """W^T grad: [rows, batch] -> [columns, batch]."""
+    pointers, rows, order, _ = pattern.transposed_arrays
+    out = _new(pattern.shape[1], grad.shape[1])
+    _multiply(pointers, rows, _taken(_array(values), order), _array(grad), _NO_BIAS, out)
+    return torch.from_numpy(out)
+
+
+def values_gradient(pattern: Pattern, x: Tensor, grad: Tensor) -> Tensor:
+    """grad x^T at the non-zeros: [nnz]."""
+    batch = x.shape[1]
+    if batch == 0:
+        return torch.zeros(pattern.nnz)
+    out = _new(pattern.nnz)
+    arrays = (*pattern.arrays, _array(x), _array(grad), out)
+    with _one_at_a_time:
+        chunks = _chunks()
+        for start, width, number in tiles(batch):
+            values_gradient_kernel(width)(*arrays, start, number, chunks)
+    return torch.from_numpy(out)
+
+
+def gradients(pattern: Pattern, values: Tensor, x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """Both gradients, of the input and of the values, in one walk over the columns."""
+    batch = x.shape[1]
+    pointers, rows, order, place = pattern.transposed_arrays
+    if batch == 0:
+        return torch.zeros(pattern.shape[1], 0), torch.zeros(pattern.nnz)
+    grad_x, by_columns = _new(pattern.shape[1], batch), _new(pattern.nnz)
+    turned = _taken(_array(values), order)
+    arrays = (pointers, rows, turned, _array(x), _array(grad), grad_x, by_columns)
+    with _one_at_a_time:
+        chunks = _chunks()
+        for start, width, number in tiles(batch):
+            gradients_kernel(width)(*arrays, start, number, chunks)
+    return torch.from_numpy(grad_x), torch.from_numpy(_taken(by_columns, place))
+
+
+def transposed(x: Tensor) -> Tensor:
+    """[rows, columns] -> [columns, rows], both contiguous."""
+    rows, columns = x.shape
+    out = _new(columns, rows)
+    with _one_at_a_time:
+        _chunks()
+        transpose_kernel(_array(x), out)
+    return torch.from_numpy(out)
+
+
+def places(ordered: Tensor, queries: Tensor) -> Tensor:
+    """Where each query would be inserted; both int64, contiguous and ascending."""
+    out = torch.empty_like(queries)
+    with _one_at_a_time:
+        places_kernel(ordered.numpy(), queries.numpy(), out.numpy(), _chunks())
+    return out
+
+
+def _multiply(
+    pointers: Array, indices: Array, values: Array, x: Array, bias: Array, out: Array
+) -> None:
+    with _one_at_a_time:
+        chunks = _chunks()
+        if x.shape[1] == 1:
+            vector_kernel()(pointers, indices, values, x, bias, out, chunks)
+            return
+        for start, width, number in tiles(x.shape[1]):
+            product_kernel(width)(pointers, indices, values, x, bias, out, start, number, chunks)
+
+
+def _taken(source: Array, places: Array) -> Array:
+    out = _new(places.size)
+    with _one_at_a_time:
+        _chunks()
+        take(source, places, out)
+    return out
+
+
+def _new(*shape: int) -> Array:
+    # numpy asks the system for huge pages where an array is large, torch does not.
+    return np.empty(shape, dtype=np.float32)
+
+
+def _array(tensor: Tensor) -> Array:
+    array: Array = (tensor.detach() if tensor.requires_grad else tensor).numpy()
+    return array
+
+
+def _chunks() -> int:
+    """Use as many threads as torch does; returns into how many chunks to cut the rows."""
+    number = min(torch.get_num_threads(), _MOST_THREADS)
+    if getattr(_local, "threads", None) != number:  # numba remembers it for each thread
+        before = torch.get_num_threads()
+        numba.set_num_threads(number)
+        torch.set_num_threads(before)  # numba's first call sets OpenMP's number for torch, too
+        _local.threads = number
+    return _CHUNKS_A_THREAD * number
