@@ -17,7 +17,8 @@ from sparsetrain.targets import Candidate, SparseTarget
 #: At this density and below a sparse training step is faster than a dense one
 #: (reference_runs/speed/truly_sparse.py, table "layers").
 _WORTH_OF_LINEAR = 0.25
-_WORTH_OF_CONV = 0.05
+_WORTH_OF_POINTWISE_CONV = 0.1
+_WORTH_OF_CONV = 0.02  # its patches have to be unfolded
 
 
 def only_owner(candidate: Candidate) -> nn.Module | None:
@@ -46,7 +47,9 @@ def why_masked(policy: Policy, owner: nn.Module | None) -> str:
 
 def worth(owner: nn.Module) -> float:
     """The density at which a layer of this type begins to gain."""
-    return _WORTH_OF_CONV if isinstance(owner, nn.Conv2d) else _WORTH_OF_LINEAR
+    if not isinstance(owner, nn.Conv2d):
+        return _WORTH_OF_LINEAR
+    return _WORTH_OF_POINTWISE_CONV if owner.kernel_size == (1, 1) else _WORTH_OF_CONV
 
 
 @torch.no_grad()

@@ -30,7 +30,6 @@ WEIGHT_DECAY = 1e-4
 #: Label -> (sparsity or None, storage).
 CONTENDERS = {
     "dense": (None, "masked"),
-    "RigL 95 %, masked": (0.95, "masked"),
     "RigL 95 %, csr": (0.95, "csr"),
     "RigL 98 %, masked": (0.98, "masked"),
     "RigL 98 %, csr": (0.98, "csr"),

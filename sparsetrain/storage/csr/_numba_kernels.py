@@ -32,7 +32,7 @@ from sparsetrain.storage.csr._simd import (
 Array = NDArray[Any]
 
 # A tile of the forward product takes half of the vector registers, 32 of 64 bytes or 16 of 32.
-_WIDEST = 128 if llvmlite.binding.get_host_cpu_features().get("avx512f") else 64
+WIDEST = 128 if llvmlite.binding.get_host_cpu_features().get("avx512f") else 64
 _SQUARE = 16
 _OPTIONS: dict[str, Any] = {
     "parallel": True,
@@ -43,15 +43,14 @@ _OPTIONS: dict[str, Any] = {
 }
 
 
-def tiles(batch: int, widest: int = _WIDEST) -> Iterator[tuple[int, int, int]]:
-    """Cut a batch into (start, width, number) runs of tiles, widths being powers of two."""
-    start, width = 0, widest
+def tiles(batch: int) -> Iterator[tuple[int, int]]:
+    """Cut a batch into tiles (start, width) of powers of two."""
+    start, width = 0, WIDEST
     while start < batch:
-        number = (batch - start) // width
-        if number:
-            yield start, width, number
-            start += number * width
-        width //= 2
+        while start + width > batch:
+            width //= 2
+        yield start, width
+        start += width
 
 
 @njit(inline="always")
@@ -67,94 +66,99 @@ def _cut(pointers: Array, chunk: int, chunks: int) -> int:
 
 @cache
 def product_kernel(width: int) -> Callable[..., None]:
+    """out[:, start : start + width] = W x[:, x_start : x_start + width] + bias."""
+
     @njit(**_OPTIONS)
     def product(
         pointers: Array,
         columns: Array,
         values: Array,
         x: Array,
+        x_start: int,
         bias: Array,
         out: Array,
         start: int,
-        number: int,
         chunks: int,
     ) -> None:
-        batch = x.shape[1]
+        x_batch, batch = x.shape[1], out.shape[1]
         for chunk in prange(chunks):
-            first, last = _cut(pointers, chunk, chunks), _cut(pointers, chunk + 1, chunks)
-            for tile in range(number):
-                at = start + tile * width
-                for row in range(first, last):
-                    sums = splat(width, bias[row] if bias.shape[0] else np.float32(0))
-                    for k in range(pointers[row], pointers[row + 1]):
-                        sums = fma(
-                            splat(width, values[k]),
-                            load(width, x, np.int64(columns[k]) * batch + at),
-                            sums,
-                        )
-                    store(out, np.int64(row) * batch + at, sums)
+            for row in range(_cut(pointers, chunk, chunks), _cut(pointers, chunk + 1, chunks)):
+                sums = splat(width, bias[row] if bias.shape[0] else np.float32(0))
+                for k in range(pointers[row], pointers[row + 1]):
+                    one = load(width, x, np.int64(columns[k]) * x_batch + x_start)
+                    sums = fma(splat(width, values[k]), one, sums)
+                store(out, np.int64(row) * batch + start, sums)
 
     return product
 
 
 @cache
 def gradients_kernel(width: int) -> Callable[..., None]:
+    """For a tile of the batch: grad_x = W^T grad, and grad_values (+)= grad x^T at the non-zeros.
+
+    The pattern is the transposed one.
+    """
+
     @njit(**_OPTIONS)
     def gradients(
         pointers: Array,
         rows: Array,
         values: Array,
-        x: Array,
         grad: Array,
+        grad_start: int,
+        x: Array,
         grad_x: Array,
         grad_values: Array,
         start: int,
-        number: int,
         chunks: int,
     ) -> None:
-        batch = x.shape[1]
+        grad_batch, batch = grad.shape[1], x.shape[1]
         for chunk in prange(chunks):
-            first, last = _cut(pointers, chunk, chunks), _cut(pointers, chunk + 1, chunks)
-            for tile in range(number):
-                at = start + tile * width
-                for column in range(first, last):
-                    own = load(width, x, np.int64(column) * batch + at)
-                    sums = splat(width, np.float32(0))
-                    for k in range(pointers[column], pointers[column + 1]):
-                        g = load(width, grad, np.int64(rows[k]) * batch + at)
-                        sums = fma(splat(width, values[k]), g, sums)
-                        part = dot(own, g)
-                        grad_values[k] = part if at == 0 else grad_values[k] + part
-                    store(grad_x, np.int64(column) * batch + at, sums)
+            for column in range(_cut(pointers, chunk, chunks), _cut(pointers, chunk + 1, chunks)):
+                own = load(width, x, np.int64(column) * batch + start)
+                sums = splat(width, np.float32(0))
+                for k in range(pointers[column], pointers[column + 1]):
+                    g = load(width, grad, np.int64(rows[k]) * grad_batch + grad_start)
+                    sums = fma(splat(width, values[k]), g, sums)
+                    part = dot(own, g)
+                    grad_values[k] = part if start == 0 else grad_values[k] + part
+                store(grad_x, np.int64(column) * batch + start, sums)
 
     return gradients
 
 
 @cache
 def values_gradient_kernel(width: int) -> Callable[..., None]:
+    """For a tile of the batch: grad_values (+)= grad x^T at the non-zeros."""
+
     @njit(**_OPTIONS)
     def values_gradient(
         pointers: Array,
         columns: Array,
         x: Array,
+        x_start: int,
         grad: Array,
         grad_values: Array,
         start: int,
-        number: int,
         chunks: int,
     ) -> None:
-        batch = x.shape[1]
+        x_batch, batch = x.shape[1], grad.shape[1]
         for chunk in prange(chunks):
-            first, last = _cut(pointers, chunk, chunks), _cut(pointers, chunk + 1, chunks)
-            for tile in range(number):
-                at = start + tile * width
-                for row in range(first, last):
-                    own = load(width, grad, np.int64(row) * batch + at)
-                    for k in range(pointers[row], pointers[row + 1]):
-                        part = dot(own, load(width, x, np.int64(columns[k]) * batch + at))
-                        grad_values[k] = part if at == 0 else grad_values[k] + part
+            for row in range(_cut(pointers, chunk, chunks), _cut(pointers, chunk + 1, chunks)):
+                own = load(width, grad, np.int64(row) * batch + start)
+                for k in range(pointers[row], pointers[row + 1]):
+                    part = dot(own, load(width, x, np.int64(columns[k]) * x_batch + x_start))
+                    grad_values[k] = part if start == 0 else grad_values[k] + part
 
     return values_gradient
+
+
+@njit(**_OPTIONS)
+def pack_kernel(x: Array, start: int, out: Array) -> None:
+    """out = x[:, start : start + width]."""
+    for row in prange(x.shape[0]):
+        for column in range(out.shape[1]):
+            out[row, column] = x[row, start + column]
 
 
 @cache

@@ -30,8 +30,15 @@ def numba_kernels() -> ModuleType | None:
 def kernels_for(dtype: torch.dtype) -> ModuleType:
     """The module whose functions multiply matrices of this dtype.
 
-    numba's kernels are for float32. They are faster than torch's at every size that was measured
-    (reference_runs/speed/truly_sparse.py, table "kernels").
+    The choice follows reference_runs/speed/truly_sparse.py, table "kernels". Measured there, what
+    decides is the batch and not the shape or the density:
+
+    | batch | float32 with numba | otherwise |
+    |---|---|---|
+    | 1 | numba, inputs gathered by 16 | MKL's CSR product |
+    | 2 to 15 | MKL's CSR product | MKL's CSR product |
+    | 16 and more | numba, tiles of the batch | FBGEMM's embedding bag |
+    | gradient of values | numba | `sampled_addmm` |
     """
     if _choice != "torch" and dtype == torch.float32:
         found = numba_kernels()

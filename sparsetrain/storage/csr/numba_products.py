@@ -12,9 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sparsetrain.storage.csr import torch_kernels
 from sparsetrain.storage.csr._numba_kernels import (
+    WIDEST,
     Array,
     gradients_kernel,
+    pack_kernel,
     places_kernel,
     product_kernel,
     take,
@@ -26,6 +29,8 @@ from sparsetrain.storage.csr._numba_kernels import (
 from sparsetrain.storage.csr.pattern import Pattern
 
 _CHUNKS_A_THREAD = 4
+# Between a batch of one and this MKL's product of a CSR matrix is twice as fast.
+_TILES_FROM = 16
 _NO_BIAS = np.empty(0, dtype=np.float32)
 _MOST_THREADS: int = numba.config.NUMBA_NUM_THREADS
 # numba's simplest threading layer, used where OpenMP is missing, dies when it is entered twice.
@@ -35,6 +40,8 @@ _local = threading.local()
 
 def product(pattern: Pattern, values: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
     """W x + bias: [columns, batch] -> [rows, batch]."""
+    if 1 < x.shape[1] < _TILES_FROM:
+        return torch_kernels.product(pattern, values, x, bias)
     out = _new(pattern.shape[0], x.shape[1])
     begin = _NO_BIAS if bias is None else _array(bias)
     _multiply(*pattern.arrays, _array(values), _array(x), begin, out)
@@ -43,6 +50,8 @@ def product(pattern: Pattern, values: Tensor, x: Tensor, bias: Tensor | None) ->
 
 def input_gradient(pattern: Pattern, values: Tensor, grad: Tensor) -> Tensor:
     """W^T grad: [rows, batch] -> [columns, batch]."""
+    if 1 < grad.shape[1] < _TILES_FROM:
+        return torch_kernels.input_gradient(pattern, values, grad)
     pointers, rows, order, _ = pattern.transposed_arrays
     out = _new(pattern.shape[1], grad.shape[1])
     _multiply(pointers, rows, _taken(_array(values), order), _array(grad), _NO_BIAS, out)
@@ -55,11 +64,12 @@ def values_gradient(pattern: Pattern, x: Tensor, grad: Tensor) -> Tensor:
     if batch == 0:
         return torch.zeros(pattern.nnz)
     out = _new(pattern.nnz)
-    arrays = (*pattern.arrays, _array(x), _array(grad), out)
+    wide, narrow = _array(x), _array(grad)
     with _one_at_a_time:
         chunks = _chunks()
-        for start, width, number in tiles(batch):
-            values_gradient_kernel(width)(*arrays, start, number, chunks)
+        for start, width in tiles(batch):
+            block, at = _block(wide, start, width)
+            values_gradient_kernel(width)(*pattern.arrays, block, at, narrow, out, start, chunks)
     return torch.from_numpy(out)
 
 
@@ -71,11 +81,14 @@ def gradients(pattern: Pattern, values: Tensor, x: Tensor, grad: Tensor) -> tupl
         return torch.zeros(pattern.shape[1], 0), torch.zeros(pattern.nnz)
     grad_x, by_columns = _new(pattern.shape[1], batch), _new(pattern.nnz)
     turned = _taken(_array(values), order)
-    arrays = (pointers, rows, turned, _array(x), _array(grad), grad_x, by_columns)
+    wide, narrow = _array(grad), _array(x)
     with _one_at_a_time:
         chunks = _chunks()
-        for start, width, number in tiles(batch):
-            gradients_kernel(width)(*arrays, start, number, chunks)
+        for start, width in tiles(batch):
+            block, at = _block(wide, start, width)
+            gradients_kernel(width)(
+                pointers, rows, turned, block, at, narrow, grad_x, by_columns, start, chunks
+            )
     return torch.from_numpy(grad_x), torch.from_numpy(_taken(by_columns, place))
 
 
@@ -105,8 +118,22 @@ def _multiply(
         if x.shape[1] == 1:
             vector_kernel()(pointers, indices, values, x, bias, out, chunks)
             return
-        for start, width, number in tiles(x.shape[1]):
-            product_kernel(width)(pointers, indices, values, x, bias, out, start, number, chunks)
+        for start, width in tiles(x.shape[1]):
+            block, at = _block(x, start, width)
+            product_kernel(width)(pointers, indices, values, block, at, bias, out, start, chunks)
+
+
+def _block(x: Array, start: int, width: int) -> tuple[Array, int]:
+    """An array that has columns start to start + width, and where they begin in it.
+
+    Rows are visited at random and again. Parts of long rows, whose distance is often a power of
+    two, would share few places of the cache, so they are put together first.
+    """
+    if x.shape[1] <= WIDEST:
+        return x, start
+    block = _new(x.shape[0], width)
+    pack_kernel(x, start, block)
+    return block, 0
 
 
 def _taken(source: Array, places: Array) -> Array:

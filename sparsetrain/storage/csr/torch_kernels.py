@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from sparsetrain.storage.csr.pattern import Pattern
 
 # Below this batch MKL's product of a CSR matrix is faster than FBGEMM's embedding bag.
-_BAG_FROM = 8
+_BAG_FROM = 16
 
 with warnings.catch_warnings():  # torch calls its CSR tensors a beta feature, once a process
     warnings.simplefilter("ignore")
@@ -56,5 +56,6 @@ def _times(
     pointers: Tensor, indices: Tensor, values: Tensor, shape: tuple[int, int], x: Tensor
 ) -> Tensor:
     if x.shape[1] < _BAG_FROM:
-        return torch.sparse_csr_tensor(pointers, indices, values, shape) @ x
+        with torch.autocast("cpu", enabled=False):
+            return torch.sparse_csr_tensor(pointers, indices, values, shape) @ x
     return F.embedding_bag(indices, x, pointers[:-1], per_sample_weights=values, mode="sum")
