@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from sparsetrain.storage import container, files
+
 if TYPE_CHECKING:
     from rich.table import Table
 
@@ -144,10 +146,12 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
             f"reading {path} needs the package safetensors: pip install 'sparsetrain[demo]'"
         ) from error
     try:
-        tensors: dict[str, Tensor] = load_file(path)
+        with safetensors.safe_open(path, framework="pt") as file:
+            is_compact = container.KEY in (file.metadata() or {})
+        tensors: dict[str, Tensor] = {} if is_compact else load_file(path)
     except (safetensors.SafetensorError, OSError, KeyError) as error:
         raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
-    return tensors
+    return files.load(path) if is_compact else tensors
 
 
 def _read_torch(path: Path) -> Any:

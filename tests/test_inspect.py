@@ -117,3 +117,12 @@ def test_pickled_model_is_not_run(model: nn.Module, tmp_path: Path) -> None:
     torch.save(model, tmp_path / "a.pt")
     with pytest.raises(ValueError, match=r"save model\.state_dict\(\) instead"):
         inspect_checkpoint(tmp_path / "a.pt")
+
+
+def test_compact_files_show_the_weights_that_they_stand_for(tmp_path: Path) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(30, 20))
+    with torch.no_grad():
+        model[0].weight[:, 3:] = 0
+    st.storage.save(model, tmp_path / "small.safetensors")
+    (weight,) = inspect_checkpoint(tmp_path / "small.safetensors").tensors
+    assert (weight.name, weight.shape, weight.nonzeros) == ("0.weight", (20, 30), 60)

@@ -24,7 +24,8 @@ from torch import Tensor
 from sparsetrain.storage.positions import bits_size, decode, encode
 
 VERSION = 1
-_KEY = "sparsetrain"
+#: Under which a file's metadata holds the index.
+KEY = "sparsetrain"
 # Bytes that the header of a file grows by when a tensor is two vectors, names of 30 letters given.
 _HEADER = 128
 
@@ -151,7 +152,7 @@ def pack(contents: Contents) -> tuple[dict[str, Tensor], dict[str, str]]:
         entries[name] = {"stored": stored, "dtype": dtype, "shape": shape, "checksum": checksum}
     index = {"tensors": entries, "tied": dict(contents.tied)}
     header = {"version": VERSION, "checksum": _text_checksum(index), "index": index}
-    return parts, {_KEY: json.dumps(header, separators=(",", ":"))}
+    return parts, {KEY: json.dumps(header, separators=(",", ":"))}
 
 
 def unpack(parts: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Contents:
@@ -215,13 +216,13 @@ def read(path: Path) -> Contents:
 
 
 def _read_index(metadata: Mapping[str, str]) -> _Index:
-    if _KEY not in metadata:
+    if KEY not in metadata:
         raise ValueError(
             "this is no compact file of sparsetrain, or its header is damaged; files of plain "
             "tensors are for safetensors.torch.load_file"
         )
     try:
-        header = json.loads(metadata[_KEY])
+        header = json.loads(metadata[KEY])
         version = header["version"]
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError("the index is damaged") from error

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from sparsetrain.random_choice import random_ranks
 from sparsetrain.storage.csr.pattern import Pattern, check
-from sparsetrain.storage.csr.product import SparseProduct, Tape
+from sparsetrain.storage.csr.product import Tape, multiply
 
 #: Dtypes that the products are made for.
 DTYPES = (torch.float32, torch.float64)
@@ -90,10 +90,7 @@ class SparseLayer(nn.Module):
         tape = self.tape if torch.is_grad_enabled() else None
         if tape is not None:
             tape.attach(values)
-        product: Tensor = SparseProduct.apply(  # type: ignore[no-untyped-call]
-            x.to(dtype), values, bias, self.pattern, tape
-        )
-        return product
+        return multiply(x.to(dtype), values, bias, self.pattern, tape)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)

@@ -109,6 +109,18 @@ def _feature_major(x: Tensor, kernels: Any) -> Tensor:
     return turned
 
 
+def multiply(
+    x: Tensor, values: Tensor, bias: Tensor | None, pattern: Pattern, tape: Tape | None
+) -> Tensor:
+    """W x^T + b: [batch, in] -> [out, batch], with a gradient where one is asked for."""
+    if torch.is_grad_enabled():
+        product: Tensor = SparseProduct.apply(x, values, bias, pattern, tape)  # type: ignore[no-untyped-call]
+    else:
+        kernels = kernels_for(values.dtype)
+        product = kernels.product(pattern, values, _feature_major(x, kernels), bias)
+    return product
+
+
 class SparseProduct(torch.autograd.Function):
     """y = W x^T + b for a CSR weight W: [batch, in] -> [out, batch], feature-major.
 
