@@ -22,7 +22,7 @@ from sparsetrain.report import plots
 from sparsetrain.workbench import Dataset, Trainer, build, load
 
 HERE = Path(__file__).parent
-WIDTHS = (4096, 4096)
+WIDTHS = (2048, 2048)
 BATCH_SIZE = 128
 LEARNING_RATE = 0.05  # cosine to 0, a value a step
 MOMENTUM = 0.9
@@ -110,7 +110,7 @@ def picture(rows: list[common.Record], path: Path) -> None:
         xscale="log",
         xlabel="Seconds of training on two CPU cores",
         ylabel="Test error [%]",
-        title="784-4096-4096-10 on Fashion-MNIST, the same epochs for all",
+        title="784-2048-2048-10 on Fashion-MNIST, the same epochs for all",
     )
     ax.grid(color="#DDDDDD", linewidth=0.6, which="both")
     ax.legend(fontsize=8, frameon=False)
