@@ -30,8 +30,8 @@ def numba_kernels() -> ModuleType | None:
 def kernels_for(dtype: torch.dtype) -> ModuleType:
     """The module whose functions multiply matrices of this dtype.
 
-    The choice follows reference_runs/speed/truly_sparse.py, table "kernels". Measured there, what
-    decides is the batch and not the shape or the density:
+    The choice follows reference_runs/speed/truly_sparse.py, tables "inference" and
+    "kernels". What decides is the batch, not the shape or the density:
 
     | batch | float32 with numba | otherwise |
     |---|---|---|
