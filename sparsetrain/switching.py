@@ -15,7 +15,7 @@ from sparsetrain.storage.masked import MaskedTarget
 from sparsetrain.targets import Candidate, SparseTarget
 
 #: At this density and below a sparse training step is faster than a dense one
-#: (reference_runs/speed/truly_sparse.py, table "layers").
+#: (`python -m reference_runs.speed.truly_sparse --only layers` shows it).
 _WORTH_OF_LINEAR = 0.25
 _WORTH_OF_POINTWISE_CONV = 0.1
 _WORTH_OF_CONV = 0.02  # its patches have to be unfolded
