@@ -38,9 +38,7 @@ def mask_of(entry: Mapping[str, Any], target: SparseTarget) -> Tensor:
     if storage_of(entry) == "masked":
         return unpack_mask(entry["mask"], target.shape)
     pattern = Pattern(as_matrix(target.shape), entry["row_pointers"], entry["columns"])
-    mask = torch.zeros(target.numel, dtype=torch.bool)
-    mask[pattern.flat()] = True
-    return mask.view(target.shape)
+    return pattern.mask().view(target.shape)
 
 
 def check(

@@ -6,8 +6,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
 from rich.table import Table
+
+from sparsetrain.report.text import as_text
 
 if TYPE_CHECKING:
     from sparsetrain.policies import Policy
@@ -71,10 +72,7 @@ class Summary:
         return table
 
     def __str__(self) -> str:
-        console = Console(width=100, force_terminal=False, no_color=True)
-        with console.capture() as capture:
-            console.print(self)
-        return capture.get()
+        return as_text(self)
 
 
 def summarise(

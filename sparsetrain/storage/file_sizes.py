@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from sparsetrain.report.text import as_text
 from sparsetrain.storage.container import Contents, read, to_bytes
 from sparsetrain.storage.files import as_dense, contents_of
 
@@ -65,12 +66,7 @@ class Sizes:
         return table
 
     def __str__(self) -> str:
-        from rich.console import Console
-
-        console = Console(width=100, force_terminal=False, no_color=True)
-        with console.capture() as capture:
-            console.print(self)
-        return capture.get()
+        return as_text(self)
 
 
 def sizes(source: nn.Module | str | Path) -> Sizes:

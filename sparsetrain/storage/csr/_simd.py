@@ -1,8 +1,8 @@
 """Short float32 vectors for numba: what a compiler would call SIMD types.
 
-numba vectorises plain loops, but keeps the sums over a sparse row in memory and not in registers,
-which costs half of the speed. These few operations say exactly what is wanted; LLVM turns a vector
-of any width into the registers that the processor has. Importing this module needs numba.
+numba vectorises plain loops, but keeps the sums over a sparse row in memory and not in registers.
+These few operations say exactly what is wanted; LLVM turns a vector of any width into the registers
+that the processor has. Importing this module needs numba.
 
 `width` is a constant of the calling function, and part of each signature, by which numba tells the
 operations of different widths apart. Nothing is checked: indices must be in range.

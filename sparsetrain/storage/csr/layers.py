@@ -12,7 +12,8 @@ from torch.nn import functional as F
 
 from sparsetrain.random_choice import random_ranks
 from sparsetrain.storage.csr.pattern import Pattern, check
-from sparsetrain.storage.csr.product import Tape, multiply
+from sparsetrain.storage.csr.product import multiply
+from sparsetrain.storage.csr.tape import Tape
 
 #: Dtypes that the products are made for.
 DTYPES = (torch.float32, torch.float64)
@@ -204,7 +205,7 @@ class FollowingLinear(nn.Linear):
     """A dense layer that computes in the layout of its input.
 
     Sparse layers give feature-major results. `nn.Linear` answers with a row-major gradient, and an
-    activation between the two then mixes both layouts, which torch does 30 times slower.
+    activation between the two then mixes both layouts, at which torch is many times slower.
     """
 
     def forward(self, input: Tensor) -> Tensor:

@@ -94,6 +94,12 @@ class Pattern:
         """Flat (row-major) index of each entry, int64 [nnz], ascending."""
         return self.rows().long().mul_(self.shape[1]).add_(self.columns)
 
+    def mask(self) -> Tensor:
+        """Bool [rows, columns], True at the non-zeros."""
+        mask = torch.zeros(math.prod(self.shape), dtype=torch.bool)
+        mask[self.flat()] = True
+        return mask.view(self.shape)
+
     def transposed(self) -> Transposed:
         """The pattern by columns; made once."""
         return self._transposed

@@ -14,7 +14,7 @@ from sparsetrain.selection import bottom_k_indices, extreme_indices
 from sparsetrain.storage.csr.growth import largest_in_blocks
 from sparsetrain.storage.csr.layers import SparseLayer
 from sparsetrain.storage.csr.pattern import Pattern, as_matrix, check
-from sparsetrain.storage.csr.product import Tape
+from sparsetrain.storage.csr.tape import Tape
 from sparsetrain.targets import SparseTarget
 
 #: Two ways to sum the same products differ by less.
@@ -50,9 +50,7 @@ class CsrTarget(SparseTarget):
     @property
     def mask(self) -> Tensor:
         """Bool tensor of the weight's shape; made at each call, a byte a dense weight."""
-        mask = torch.zeros(self.numel, dtype=torch.bool)
-        mask[self.layer.pattern.flat()] = True
-        return mask.view(self.shape)
+        return self.layer.pattern.mask().view(self.shape)
 
     def active_indices(self) -> Tensor:
         """Flat indices of the active weights, int64, ascending.
