@@ -30,11 +30,12 @@ class SparseOptimizer(Optimizer):
 
     Args:
         optimizer: any torch optimizer over (some of) the model's parameters.
-        model: the model whose weights are made sparse; its structure is left alone.
+        model: the model whose weights are made sparse. Its modules stay; with csr storage some of
+            them change their class until `finalize`.
         policy: a policy, a `Recipe`, a dict of either, or the path of a recipe file.
         seed: of the one random source that all mask decisions use.
         storage: how sparse weights are held. "masked" keeps dense tensors with exact zeros; "csr"
-            keeps the non-zeros alone, for Linear and Conv2d layers that are sparse enough to be
+            keeps the non-zeros alone, for Linear layers and 1 x 1 convolutions sparse enough to be
             faster so; "auto" measures that layer by layer after the first step.
 
     Raises:

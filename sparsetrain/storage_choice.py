@@ -113,7 +113,12 @@ class StorageChoice:
             return self._measures_faster(target)
         highest = worth(self.owner_of(target))
         wanted = target.density <= highest
-        self.why[target.name] = "" if wanted else f"worth it from a density of {highest:.0%}"
+        if wanted:
+            self.why[target.name] = ""
+        elif highest:
+            self.why[target.name] = f"worth it from a density of {highest:.0%}"
+        else:
+            self.why[target.name] = "unfolding its patches takes longer than the product"
         return wanted
 
     def _measures_faster(self, target: SparseTarget) -> bool:

@@ -15,10 +15,9 @@ from sparsetrain.storage.masked import MaskedTarget
 from sparsetrain.targets import Candidate, SparseTarget
 
 #: At this density and below a sparse training step is faster than a dense one
-#: (`python -m reference_runs.speed.truly_sparse --only layers` shows it).
+#: (reference_runs/speed, the table of layers).
 _WORTH_OF_LINEAR = 0.25
 _WORTH_OF_POINTWISE_CONV = 0.1
-_WORTH_OF_CONV = 0.02  # its patches have to be unfolded
 
 
 def only_owner(candidate: Candidate) -> nn.Module | None:
@@ -46,10 +45,14 @@ def why_masked(policy: Policy, owner: nn.Module | None) -> str:
 
 
 def worth(owner: nn.Module) -> float:
-    """The density at which a layer of this type begins to gain."""
+    """The density at which a layer of this type begins to gain; 0 for one that never does.
+
+    The patches of larger convolutions have to be unfolded, which took longer than their whole dense
+    product at every density and up to 512 channels.
+    """
     if not isinstance(owner, nn.Conv2d):
         return _WORTH_OF_LINEAR
-    return _WORTH_OF_POINTWISE_CONV if owner.kernel_size == (1, 1) else _WORTH_OF_CONV
+    return _WORTH_OF_POINTWISE_CONV if owner.kernel_size == (1, 1) else 0.0
 
 
 @torch.no_grad()
