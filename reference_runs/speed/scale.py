@@ -28,6 +28,7 @@ from reference_runs.speed import truly_sparse
 from reference_runs.speed.peak import peak
 from reference_runs.speed.scale_results import PICTURE, save_picture
 from reference_runs.speed.scale_training import Run, Settings
+from reference_runs.speed.sections.causes import KEEP_FREED
 from reference_runs.speed.sections.process_memory import reset_peak, risen
 from sparsetrain.workbench import Dataset, evaluate, load
 
@@ -125,10 +126,8 @@ def keep_freed_memory() -> None:
     It hands large blocks back to the system, and zeroing their pages anew takes most of a step.
     """
     if "MALLOC_MMAP_THRESHOLD_" not in os.environ:
-        much = str(1 << 40)
-        kept = {"MALLOC_MMAP_THRESHOLD_": much, "MALLOC_TRIM_THRESHOLD_": much}
         command = [sys.executable, "-m", "reference_runs.speed.scale", *sys.argv[1:]]
-        os.execve(sys.executable, command, {**os.environ, **kept})
+        os.execve(sys.executable, command, {**os.environ, **KEEP_FREED})
 
 
 def main() -> None:

@@ -1,6 +1,6 @@
 """Training and inference by non-zeros against dense: time, memory, kernels, and where it pays.
 
-    python -m reference_runs.speed.truly_sparse                    # everything, about an hour
+    python -m reference_runs.speed.truly_sparse                    # everything, half an hour
     python -m reference_runs.speed.truly_sparse --only steps --resume
     python -m reference_runs.speed.truly_sparse --quick            # does it run? no numbers to keep
 
@@ -21,6 +21,7 @@ import torch
 from reference_runs import _common as common
 from reference_runs.speed import scale_results
 from reference_runs.speed.sections import (
+    causes,
     inference,
     kernels,
     layers,
@@ -45,6 +46,7 @@ SECTIONS: dict[str, Section] = {
     "memory": memory.SECTION,
     "peer_size": peer_size.SECTION,
     "layers": layers.SECTION,
+    "causes": causes.SECTION,
 }
 
 
