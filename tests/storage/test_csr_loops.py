@@ -183,6 +183,7 @@ def test_the_same_with_gradients_that_were_scaled_and_unscaled() -> None:
     twins(policies(20, 4)["snfs"], "sgd", run, 20)
 
 
+@pytest.mark.filterwarnings("ignore:The epoch parameter")  # of torch 2.6, by its own scheduler
 @pytest.mark.parametrize("policy", ["rigl", "set"])
 def test_the_same_with_learning_rate_schedules(policy: str) -> None:
     made = [wrap(storage, policy, "momentum", steps=30) for storage in ("masked", "csr")]

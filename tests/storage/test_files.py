@@ -30,9 +30,11 @@ def random_bits(
     size = torch.empty(0, dtype=dtype).element_size()
     raw = torch.randint(0, 256, (*shape, size), dtype=torch.uint8, generator=generator)
     keep = torch.rand((*shape, 1), generator=generator) < density
-    values = torch.where(keep, raw, 0).to(torch.uint8).view(dtype).squeeze(-1)
-    negative = torch.rand(shape, generator=generator) < density / 8
-    return torch.where(negative, torch.tensor(-0.0).to(dtype), values)
+    negative = torch.rand((*shape, 1), generator=generator) < density / 8
+    minus_zero = torch.tensor(-0.0).to(dtype).view(1).view(torch.uint8)
+    # As bytes: not every torch chooses among floats of one byte.
+    raw = torch.where(negative, minus_zero, torch.where(keep, raw, 0).to(torch.uint8))
+    return raw.view(dtype).squeeze(-1)
 
 
 shapes = some.sampled_from([(), (0,), (0, 3), (1,), (300,), (40, 30), (3, 500), (8, 3, 5, 5)])
