@@ -57,8 +57,10 @@ class NonZeros:
     @classmethod
     def of(cls, tensor: Tensor) -> NonZeros:
         """By bits, so that -0.0 counts as a value and comes back as it was."""
-        flat = as_integers(tensor).view(-1).nonzero().view(-1)
-        return cls(tuple(tensor.shape), flat, tensor.reshape(-1)[flat])
+        bits = as_integers(tensor).view(-1)
+        flat = bits.nonzero().view(-1)
+        # Not every torch picks among floats of one byte.
+        return cls(tuple(tensor.shape), flat, bits[flat].view(tensor.dtype))
 
     @property
     def dtype(self) -> torch.dtype:
