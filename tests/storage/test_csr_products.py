@@ -13,6 +13,7 @@ from csr_problems import (
     chosen,
     dense_of,
     fresh_memory_is_nan,  # noqa: F401 - a fixture
+    needs_numba,
     pattern_of,
     threads,
 )
@@ -40,6 +41,15 @@ def test_kernels_are_exact_at_every_batch(
     with threads(number):
         for kind, (seed, shape) in itertools.product(PATTERNS, enumerate(shapes)):
             Problem(pattern_of(kind, shape, seed), batch, dtype, seed).check(module)
+
+
+@needs_numba
+@pytest.mark.parametrize("batch", [144, 200, 256, 400])
+def test_rows_that_are_packed_tile_by_tile(batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = chosen("numba", torch.float32)
+    monkeypatch.setattr(module, "_CACHED", 0)
+    for kind, shape in itertools.product(PATTERNS, [(5, 9), (70, 33)]):
+        Problem(pattern_of(kind, shape, 1), batch, torch.float32).check(module)
 
 
 @settings(max_examples=60)

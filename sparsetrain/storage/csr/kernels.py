@@ -31,14 +31,16 @@ def kernels_for(dtype: torch.dtype) -> ModuleType:
     """The module whose functions multiply matrices of this dtype.
 
     The choice follows reference_runs/speed/truly_sparse.py, tables "inference" and
-    "kernels". What decides is the batch, not the shape or the density:
+    "kernels". What decides is the batch, hardly the shape or the density:
 
-    | batch | float32 with numba | otherwise |
+    | | float32 with numba | otherwise |
     |---|---|---|
-    | 1 | numba, inputs gathered by 16 | MKL's CSR product |
-    | 2 to 15 | MKL's CSR product | MKL's CSR product |
-    | 16 and more | numba, tiles of the batch | FBGEMM's embedding bag |
-    | gradient of values | numba | `sampled_addmm` |
+    | product, batch 1 | numba, inputs gathered by 16 | MKL's CSR product |
+    | product, batch 2 to 15 | MKL's CSR product | MKL's CSR product |
+    | product, multiples of 16 | numba, tiles of the batch | FBGEMM's embedding bag |
+    | product, other batches | FBGEMM's embedding bag | FBGEMM's embedding bag |
+    | gradient of the values | numba | `sampled_addmm` |
+    | both gradients | numba, one walk (two for a batch of 1) | the two above |
     """
     if _choice != "torch" and dtype == torch.float32:
         found = numba_kernels()

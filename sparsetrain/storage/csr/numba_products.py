@@ -29,8 +29,10 @@ from sparsetrain.storage.csr._numba_kernels import (
 from sparsetrain.storage.csr.pattern import Pattern
 
 _CHUNKS_A_THREAD = 4
-# Between a batch of one and this MKL's product of a CSR matrix is twice as fast.
-_TILES_FROM = 16
+# A batch that leaves narrow tiles over walks the pattern again for them; torch's kernels do not.
+_WHOLE_TILE = 16
+# Bytes of a matrix that stays in the cache however its rows lie.
+_CACHED = 1 << 21
 _NO_BIAS = np.empty(0, dtype=np.float32)
 _MOST_THREADS: int = numba.config.NUMBA_NUM_THREADS
 # numba's simplest threading layer, used where OpenMP is missing, dies when it is entered twice.
@@ -40,7 +42,7 @@ _local = threading.local()
 
 def product(pattern: Pattern, values: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
     """W x + bias: [columns, batch] -> [rows, batch]."""
-    if 1 < x.shape[1] < _TILES_FROM:
+    if not _has_whole_tiles(x):
         return torch_kernels.product(pattern, values, x, bias)
     out = _new(pattern.shape[0], x.shape[1])
     begin = _NO_BIAS if bias is None else _array(bias)
@@ -50,7 +52,7 @@ def product(pattern: Pattern, values: Tensor, x: Tensor, bias: Tensor | None) ->
 
 def input_gradient(pattern: Pattern, values: Tensor, grad: Tensor) -> Tensor:
     """W^T grad: [rows, batch] -> [columns, batch]."""
-    if 1 < grad.shape[1] < _TILES_FROM:
+    if not _has_whole_tiles(grad):
         return torch_kernels.input_gradient(pattern, values, grad)
     pointers, rows, order, _ = pattern.transposed_arrays
     out = _new(pattern.shape[1], grad.shape[1])
@@ -76,9 +78,9 @@ def values_gradient(pattern: Pattern, x: Tensor, grad: Tensor) -> Tensor:
 def gradients(pattern: Pattern, values: Tensor, x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
     """Both gradients, of the input and of the values, in one walk over the columns."""
     batch = x.shape[1]
+    if batch <= 1:  # the product has a kernel of its own for one
+        return input_gradient(pattern, values, grad), values_gradient(pattern, x, grad)
     pointers, rows, order, place = pattern.transposed_arrays
-    if batch == 0:
-        return torch.zeros(pattern.shape[1], 0), torch.zeros(pattern.nnz)
     grad_x, by_columns = _new(pattern.shape[1], batch), _new(pattern.nnz)
     turned = _taken(_array(values), order)
     wide, narrow = _array(grad), _array(x)
@@ -123,13 +125,17 @@ def _multiply(
             product_kernel(width)(pointers, indices, values, block, at, bias, out, start, chunks)
 
 
+def _has_whole_tiles(x: Tensor) -> bool:
+    return x.shape[1] == 1 or x.shape[1] % _WHOLE_TILE == 0
+
+
 def _block(x: Array, start: int, width: int) -> tuple[Array, int]:
     """An array that has columns start to start + width, and where they begin in it.
 
     Rows are visited at random and again. Parts of long rows, whose distance is often a power of
     two, would share few places of the cache, so they are put together first.
     """
-    if x.shape[1] <= WIDEST:
+    if x.shape[1] <= WIDEST or x.nbytes <= _CACHED:
         return x, start
     block = _new(x.shape[0], width)
     pack_kernel(x, start, block)
