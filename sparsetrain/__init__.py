@@ -15,15 +15,28 @@ from sparsetrain.policies import (
     SNFS,
     DynamicNetworkSurgery,
     Gradual,
+    GumbelSoftmax,
+    HardConcrete,
+    Movement,
     NMSparse,
     Policy,
     RigL,
+    SoftThreshold,
     Static,
+    VariationalDropout,
 )
 from sparsetrain.recipe import Recipe, Rule
 from sparsetrain.report.events import LayerChange, UpdateEvent
 from sparsetrain.schedules import Schedule, UpdateSchedule
-from sparsetrain.scores import Gradient, Magnitude, Momentum, Random, Score, Taylor
+from sparsetrain.scores import (
+    Gradient,
+    Magnitude,
+    Momentum,
+    MovementScore,
+    Random,
+    Score,
+    Taylor,
+)
 from sparsetrain.storage import compress
 from sparsetrain.structures import NM, Block, ConstantFanIn, Unstructured
 
@@ -42,9 +55,13 @@ __all__ = [
     "Global",
     "Gradient",
     "Gradual",
+    "GumbelSoftmax",
+    "HardConcrete",
     "LayerChange",
     "Magnitude",
     "Momentum",
+    "Movement",
+    "MovementScore",
     "NMSparse",
     "Policy",
     "Random",
@@ -53,6 +70,7 @@ __all__ = [
     "Rule",
     "Schedule",
     "Score",
+    "SoftThreshold",
     "SparseOptimizer",
     "Static",
     "Taylor",
@@ -61,6 +79,7 @@ __all__ = [
     "Unstructured",
     "UpdateEvent",
     "UpdateSchedule",
+    "VariationalDropout",
     "compress",
     "cost",
     "storage",

@@ -21,7 +21,7 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from sparsetrain.storage.kernels import keep_where_
-from sparsetrain.targets import SparseTarget
+from sparsetrain.targets import ExchangeTarget
 
 _TRIAL_STEPS = 4
 
@@ -82,7 +82,7 @@ def find_resting(base: Optimizer, group: dict[str, Any], like: Tensor) -> Restin
 
 def why_not_resized(base: Optimizer, param: Parameter) -> str:
     """Why a vector of another size cannot take the place of `param`; empty when it can."""
-    matrix, vector = _states_of_both(base, _group_of(base, param), param)
+    matrix, vector = _states_of_both(base, group_of(base, param), param)
     if matrix is not None and vector is not None:
         return ""
     can_be_tried = matrix is not None
@@ -172,7 +172,7 @@ def shaped_state(state: dict[str, Any], param: Tensor) -> Iterator[tuple[str, Te
 
 def carry_state(
     base: Optimizer,
-    target: SparseTarget,
+    target: ExchangeTarget,
     change: Callable[[], tuple[Tensor, Tensor]],
     fresh: dict[str, float],
 ) -> tuple[Tensor, Tensor]:
@@ -205,7 +205,7 @@ def replace_parameter(
     Args:
         moved: (key, state tensor shaped like `old`) -> the same shaped like `new`.
     """
-    group = _group_of(base, old)
+    group = group_of(base, old)
     group["params"][:] = [new if held is old else held for held in group["params"]]
     if old not in base.state:
         return
@@ -218,9 +218,56 @@ def replace_parameter(
         base.state[new] = {k: moved(k, v) if k in shaped else v for k, v in state.items()}
 
 
-def _group_of(base: Optimizer, param: Tensor) -> dict[str, Any]:
+def group_of(base: Optimizer, param: Tensor) -> dict[str, Any]:
+    """The parameter group that a parameter is in."""
     groups = base.param_groups
     return next(group for group in groups if any(held is param for held in group["params"]))
+
+
+def add_group(
+    base: Optimizer, parameters: list[Parameter], options: dict[str, Any], who: str
+) -> None:
+    """Let the optimizer train more parameters, in a group of their own.
+
+    Raises:
+        ValueError: it cannot; it is then as it was.
+    """
+    try:
+        if type(base).__module__.startswith("torch.optim"):
+            make: Any = type(base)  # some take one group alone, and say so only here
+            make([{"params": [Parameter(torch.zeros(4, 4))]} for _ in range(2)], **base.defaults)
+        base.add_param_group({"params": parameters, **options})
+    except ValueError as error:
+        raise ValueError(
+            f"{type(base).__name__} cannot train the gates of policy {who!r}: {error}"
+        ) from error
+
+
+def drop_parameters(base: Optimizer, parameters: list[Parameter]) -> None:
+    """Let the optimizer forget parameters, and groups that were theirs alone."""
+    gone = {id(parameter) for parameter in parameters}
+    for group in list(base.param_groups):
+        held = [parameter for parameter in group["params"] if id(parameter) not in gone]
+        if len(held) < len(group["params"]):
+            group["params"][:] = held
+            if not held:
+                base.param_groups.remove(group)
+    for parameter in parameters:
+        base.state.pop(parameter, None)
+
+
+def is_scale_free(base: Optimizer, group: dict[str, Any], like: Tensor) -> bool:
+    """Whether gradients a thousand times as large would make (nearly) the same steps."""
+    param = Parameter(torch.zeros(4, 8, dtype=like.dtype, device=like.device))
+    generator = torch.Generator().manual_seed(0)
+    gradients = torch.randn(_TRIAL_STEPS, 4, 8, generator=generator).to(param)
+    ends: list[Tensor] = []
+    for factor in (1.0, 1000.0):
+        start = torch.zeros_like(param)
+        if _try(base, group, param, start, [factor * g for g in gradients]) is None:
+            return False
+        ends.append(param.detach().clone())
+    return torch.allclose(ends[0], ends[1], rtol=0.01, atol=0.0)
 
 
 def _keeps_the_same(base: Optimizer, group: dict[str, Any], like: Tensor) -> bool:

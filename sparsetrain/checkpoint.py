@@ -35,7 +35,7 @@ def storage_of(entry: Mapping[str, Any]) -> str:
 
 def mask_of(entry: Mapping[str, Any], target: SparseTarget) -> Tensor:
     """The mask that a saved target describes, bool of the weight's shape."""
-    if storage_of(entry) == "masked":
+    if storage_of(entry) != "csr":
         return unpack_mask(entry["mask"], target.shape)
     pattern = Pattern(as_matrix(target.shape), entry["row_pointers"], entry["columns"])
     return pattern.mask().view(target.shape)
@@ -99,6 +99,7 @@ def check_groups(state: Mapping[str, Any], base: Optimizer) -> None:
 
 _CHECKS: dict[str, Callable[[str, tuple[int, ...], Mapping[str, Any]], None]] = {
     "masked": check_mask_entry,
+    "learned": check_mask_entry,
     "csr": check_pattern_entry,
 }
 _PARTS: dict[str, type] = {

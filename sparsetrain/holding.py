@@ -12,12 +12,14 @@ from torch.optim import Optimizer
 
 from sparsetrain import base_state, checkpoint
 from sparsetrain.base_state import RestingStates
-from sparsetrain.policies import Policy
+from sparsetrain.policies import LearnedPolicy, Policy
 from sparsetrain.policies.group import Exchanged, TargetGroup
 from sparsetrain.storage.csr.target import CsrTarget
+from sparsetrain.storage.learned import LearnedTarget
+from sparsetrain.storage.masked import MaskedTarget
 from sparsetrain.storage_choice import Storage, StorageChoice
 from sparsetrain.switching import to_csr, to_masked
-from sparsetrain.targets import SparseTarget
+from sparsetrain.targets import ExchangeTarget, SparseTarget
 
 Groups = list[tuple[Policy, TargetGroup]]
 
@@ -37,15 +39,44 @@ class Holder:
         self.targets: dict[str, SparseTarget] = {}
         self.resting = RestingStates(base)
 
-    def carry_state(self, target: SparseTarget, change: Callable[[], Exchanged]) -> Exchanged:
+    def carry_state(self, target: ExchangeTarget, change: Callable[[], Exchanged]) -> Exchanged:
         """Exchange connections, the optimizer's state with them."""
         fresh = self.resting.of(target.param).fresh
         return base_state.carry_state(self.base, target, change, fresh)
 
+    def attach(self, groups: Groups) -> None:
+        """Put learned masks into the model and their gates into the optimizer, all or none."""
+        known = len(self.base.param_groups)
+        attached: list[LearnedTarget] = []
+        try:
+            for policy, group in groups:
+                targets = group.held_as(LearnedTarget)
+                for target in targets:
+                    target.attach()
+                    attached.append(target)
+                if isinstance(policy, LearnedPolicy) and targets:
+                    self._train_gates(policy, group, targets)
+        except Exception:
+            del self.base.param_groups[known:]
+            for target in reversed(attached):
+                target.detach()
+            raise
+        self.resting.look_again()
+
+    def _train_gates(
+        self, policy: LearnedPolicy, group: TargetGroup, targets: list[LearnedTarget]
+    ) -> None:
+        of_weights = base_state.group_of(self.base, targets[0].param)
+        gates = [gate for target in targets for gate in target.learned.gates()]
+        base_state.add_group(self.base, gates, policy.group_options(of_weights), policy.kind)
+        if policy.moves_in_log_odds:
+            options = self.base.param_groups[-1]
+            group.memory["normalises"] = not base_state.is_scale_free(self.base, options, gates[0])
+
     def settle(self, groups: Groups) -> None:
         """Hold weights by their non-zeros where that is wanted now."""
         for policy, group, number, target in _each(groups):
-            if not self.choice.wants_csr(policy, target):
+            if not isinstance(target, MaskedTarget) or not self.choice.wants_csr(policy, target):
                 continue
             if reason := base_state.why_not_resized(self.base, target.param):
                 self.choice.forbid(target, reason)
@@ -82,7 +113,7 @@ class Holder:
                 self.resting.look_again()
             elif isinstance(target, CsrTarget):
                 self._install(group, number, self._masked(target))
-            elif is_csr:
+            elif is_csr and isinstance(target, MaskedTarget):
                 target.replace_mask(checkpoint.mask_of(entry, target))
                 held = to_csr(self.base, target, self.choice.owner_of(target))
                 self._install(group, number, held)
@@ -100,6 +131,8 @@ class Holder:
             if dense and isinstance(target, CsrTarget) and not target.built:
                 self._install(group, number, self._masked(target))
             group.targets[number].release()
+            if isinstance(target, LearnedTarget):
+                base_state.drop_parameters(self.base, target.learned.gates())
 
     def _masked(self, target: CsrTarget) -> SparseTarget:
         return to_masked(self.base, target, self.resting.of(target.param).fresh)

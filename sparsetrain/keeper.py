@@ -73,17 +73,18 @@ class Keeper:
         except Exception:
             self.generator.set_state(before)
             raise
+        self.holder.attach([(policy, group) for policy, group, _ in planned])
         self.waiting = waiting
         for policy, group, masks in planned:
             self.groups.append((policy, group))
             for target in group.targets:
                 self.targets[target.name] = target
-                if not target.built:
+                if target.name in masks and not target.built:
                     target.begin(masks[target.name])
                 self._zero_inactive_state(target)
                 self.holder.choice.begin(policy, target)
         self.holder.settle(self.groups)
-        self.watch_gradients()
+        self._announce_step()
 
     def adopt_waiting(self) -> None:
         """Look again at tensors that the base optimizer did not hold before."""
@@ -92,7 +93,9 @@ class Keeper:
 
     def _plan(self, assignment: Assignment) -> tuple[Policy, TargetGroup, dict[str, Tensor]]:
         policy = assignment.policy
-        targets = [self.holder.choice.target_of(policy, c) for c in assignment.candidates]
+        targets = [
+            self.holder.choice.target_of(policy, c, self.generator) for c in assignment.candidates
+        ]
         group = self._new_group(targets, {})
         check_built(policy, group)
         return policy, group, policy.initial_masks(group)
@@ -148,9 +151,7 @@ class Keeper:
     def after_step(self) -> None:
         """After the base optimizer stepped: exact zeros, then mask updates that are due."""
         for target in self.targets.values():
-            if not target.holds_zeros:
-                continue
-            keeps_zeros = self.holder.resting.of(target.param).keeps_zeros
+            keeps_zeros = not target.holds_zeros or self.holder.resting.of(target.param).keeps_zeros
             target.after_step(keeps_zeros)
             if not keeps_zeros:
                 self._zero_inactive_state(target)
@@ -163,7 +164,7 @@ class Keeper:
             self.step_count += 1
         if changes is not None or self.holder.choice.is_waiting:
             self.holder.settle(self.groups)
-        self.watch_gradients()
+        self._announce_step()
         if changes is not None:
             self._tell(self.step_count - 1, changes)
 
@@ -179,7 +180,7 @@ class Keeper:
         changes = self._commit(decided)
         self.step_count += 1
         self.holder.settle(self.groups)
-        self.watch_gradients()
+        self._announce_step()
         self._tell(self.step_count - 1, changes)
 
     @torch.no_grad()
@@ -256,9 +257,18 @@ class Keeper:
     @torch.no_grad()
     def release(self, *, dense: bool) -> None:
         """Leave the masked weights in the model and forget everything else."""
+        for policy, group in self.groups:
+            policy.finish(group, self.step_count)
         self.holder.release(self.groups, dense=dense)
         for _, group in self.groups:
             group.memory.clear()
+
+    def _announce_step(self) -> None:
+        """Get policies and storages ready for the forward and backward passes of the next step."""
+        with torch.no_grad():
+            for policy, group in self.groups:
+                policy.follow_clock(group, self.step_count)
+        self.watch_gradients()
 
     def watch_gradients(self, *, always: bool = False) -> None:
         """Tell the storages whether the next step needs the gradients of inactive weights."""
@@ -307,4 +317,4 @@ class Keeper:
             group.memory.update({k: copy_to_device_of(v, group) for k, v in memory.items()})
         self.tracker.load_state_dict(saved["tracker"])
         self.holder.choice.remember(saved.get("measured", {}))
-        self.watch_gradients()
+        self._announce_step()

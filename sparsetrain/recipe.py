@@ -13,9 +13,9 @@ import yaml
 from pydantic import Field, TypeAdapter, field_validator, model_validator
 from torch import nn
 
+from sparsetrain.candidates import Candidate, Selector, find_candidates, known_names
 from sparsetrain.config import AnyKind, Config, did_you_mean
 from sparsetrain.policies import Policy, PolicyField
-from sparsetrain.targets import Candidate, Selector, find_candidates, known_names
 
 
 class _Loader(yaml.SafeLoader):

@@ -203,6 +203,12 @@ CosineFraction = Annotated[
 ]
 """Annotation for a field that takes a share in [0, 1]; a number decays to 0 as a cosine."""
 
+LinearSchedule = Annotated[
+    Schedule,
+    BeforeValidator(lambda v: as_schedule(v, "constant"), json_schema_input_type=_SCHEDULE_INPUT),
+]
+"""Annotation for a field that takes any curve; a number stays as it is."""
+
 ConstantFraction = Annotated[
     Schedule,
     BeforeValidator(lambda v: as_schedule(v, "constant"), json_schema_input_type=_SCHEDULE_INPUT),

@@ -5,18 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
+import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from sparsetrain.policies import Policy
+from sparsetrain.candidates import Candidate
+from sparsetrain.policies import LearnedPolicy, Policy
 from sparsetrain.storage.csr.convert import follow_layout
 from sparsetrain.storage.csr.layers import SparseLayer
 from sparsetrain.storage.csr.measure import measure
 from sparsetrain.storage.csr.target import CsrTarget
 from sparsetrain.storage.latent import LatentTarget
+from sparsetrain.storage.learned import LearnedTarget
 from sparsetrain.storage.masked import MaskedTarget
 from sparsetrain.switching import only_owner, policy_needs_masked, why_masked, worth
-from sparsetrain.targets import Candidate, SparseTarget
+from sparsetrain.targets import SparseTarget
 
 Storage = Literal["masked", "csr", "auto"]
 
@@ -52,8 +55,13 @@ class StorageChoice:
         self._handles: dict[str, RemovableHandle] = {}
         self._measured_at: dict[str, float] = {}
 
-    def target_of(self, policy: Policy, candidate: Candidate) -> SparseTarget:
+    def target_of(
+        self, policy: Policy, candidate: Candidate, generator: torch.Generator
+    ) -> SparseTarget:
         """The target that a candidate begins as.
+
+        Args:
+            generator: CPU random source of learned masks.
 
         Raises:
             ValueError: the policy cannot train the weight as it was built.
@@ -68,6 +76,9 @@ class StorageChoice:
             self.why[candidate.name] = "built sparse"
             return CsrTarget(candidate.name, owner, built=True)
         self._owners[candidate.name] = owner
+        if isinstance(policy, LearnedPolicy):
+            learned = policy.learned_mask(candidate, generator)
+            return LearnedTarget(candidate.name, candidate.param, candidate.places, learned)
         kind = LatentTarget if policy.latent else MaskedTarget
         return kind(candidate.name, candidate.param)
 
@@ -104,7 +115,7 @@ class StorageChoice:
 
     def wants_csr(self, policy: Policy, target: SparseTarget) -> bool:
         """Whether a weight that is held densely should be held by its non-zeros from now on."""
-        if self.storage == "masked" or not isinstance(target, MaskedTarget):
+        if self.storage == "masked":
             return False
         if reason := why_masked(policy, self._owners[target.name]):
             self.why.setdefault(target.name, reason)

@@ -7,12 +7,15 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from sparsetrain.base_state import replace_parameter
+from sparsetrain.candidates import Candidate
 from sparsetrain.policies.base import DynamicPolicy, Policy
 from sparsetrain.policies.engine import is_unstructured
+from sparsetrain.policies.gradual import Gradual
+from sparsetrain.policies.learned import LearnedPolicy
 from sparsetrain.storage.csr.convert import densify, sparsify, why_not
 from sparsetrain.storage.csr.target import CsrTarget
 from sparsetrain.storage.masked import MaskedTarget
-from sparsetrain.targets import Candidate, SparseTarget
+from sparsetrain.targets import ExchangeTarget
 
 #: At this density and below a sparse training step is faster than a dense one
 #: (reference_runs/speed, the table of layers).
@@ -28,6 +31,10 @@ def only_owner(candidate: Candidate) -> nn.Module | None:
 
 def policy_needs_masked(policy: Policy) -> str:
     """Why a policy cannot do without dense weights; empty when it can."""
+    if isinstance(policy, LearnedPolicy):
+        return "masks are learned on dense weights"
+    if isinstance(policy, Gradual) and policy.score.accumulates:
+        return "its score is a sum over steps of dense gradients"
     if policy.latent:
         return "the policy trains latent dense weights"
     if isinstance(policy, DynamicPolicy) and not is_unstructured(policy.structure):
@@ -56,7 +63,7 @@ def worth(owner: nn.Module) -> float:
 
 
 @torch.no_grad()
-def to_csr(base: Optimizer, target: SparseTarget, owner: nn.Module) -> CsrTarget:
+def to_csr(base: Optimizer, target: ExchangeTarget, owner: nn.Module) -> CsrTarget:
     """Hold the weight by its non-zeros from now on; gradient and optimizer state come along."""
     dense = target.param
     active = target.active_indices()

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from sparsetrain.storage.bits import pack_mask
+from sparsetrain.storage.csr.target import CsrTarget
 from sparsetrain.targets import SparseTarget
 
 
@@ -33,7 +34,7 @@ class Tracker:
     def count_step(self, targets: Iterable[SparseTarget], dense_gradient: bool) -> None:
         """Add one training step: inactive weights, and whether it took the dense gradient."""
         for target in targets:
-            name, idle = target.name, target.numel - target.active
+            name, idle = target.name, target.resting
             self.idle[name] = self.idle.get(name, 0) + idle
             if dense_gradient:
                 self.idle_with_gradient[name] = self.idle_with_gradient.get(name, 0) + idle
@@ -82,7 +83,8 @@ class Tracker:
 def _joined(target: SparseTarget, seen: torch.Tensor | None) -> torch.Tensor:
     """The weights of `seen` and those that are active now."""
     if seen is None:
-        return pack_mask(target.mask) if target.holds_zeros else target.active_indices()
+        is_dense = not isinstance(target, CsrTarget)
+        return pack_mask(target.mask) if is_dense else target.active_indices()
     if seen.dtype == torch.uint8:
         return seen | pack_mask(target.mask)
     joined: torch.Tensor = torch.unique(torch.cat([seen, target.active_indices()]))

@@ -14,7 +14,7 @@ from hypothesis import strategies as some
 from pydantic import ValidationError
 
 import sparsetrain as st
-from sparsetrain.policies import DynamicPolicy
+from sparsetrain.policies import DynamicPolicy, LearnedPolicy
 
 POLICIES = {
     kind: policy
@@ -34,7 +34,9 @@ amounts = some.floats(0, 1e6)
 small = some.integers(1, 8)
 shapes = ["constant", "linear", "cosine", "cubic", "cyclic"]
 curves = shares | fields({"shape": some.sampled_from(shapes), "initial": shares, "final": shares})
-scores = some.sampled_from(["magnitude", "gradient", "momentum", "random", "taylor"])
+scores = some.sampled_from(["magnitude", "gradient", "momentum", "movement", "random", "taylor"])
+between = some.floats(0.01, 0.99)
+pers = some.sampled_from(["weight", "input", "output"])
 blocks = fields({"kind": some.just("block"), "size": some.tuples(small, small)})
 structures = some.sampled_from(["unstructured", "constant_fan_in"]) | blocks
 named_allocations = ["uniform", "uniform_first_dense", "erdos_renyi", "erk"]
@@ -54,6 +56,12 @@ OWN_FIELDS: dict[str, some.SearchStrategy[dict[str, Any]]] = {
     "snfs": fields({"drop_fraction": curves, "momentum": sparsities}),
     "gradual": fields({"score": scores, "shape": some.sampled_from(shapes[1:4])}) | ranked,
     "dynamic_network_surgery": fields({"margin": sparsities, "gamma": amounts, "power": amounts}),
+    "soft_threshold": fields({"per": some.sampled_from(["layer", "output"]), "initial": amounts}),
+    "hard_concrete": fields({"per": pers, "drop_rate": between, "l2": amounts}),
+    "gumbel_softmax": fields({"per": pers, "hard": some.booleans(), "keep_rate": between})
+    | fields({"structure": blocks}),
+    "variational_dropout": fields({"threshold": shares, "local": some.booleans()}),
+    "movement": fields({"mode": some.sampled_from(["top_k", "threshold"]), "structure": blocks}),
     "nm_sparse": fields({"n": small, "m": some.integers(8, 16), "decay": amounts}),
 }
 
@@ -63,12 +71,14 @@ def policies(draw: some.DrawFn, kind: str) -> dict[str, Any]:
     """A valid policy of a kind, as a user would write it in a dict."""
     policy = POLICIES[kind]
     data = {"kind": kind}
-    if kind != "nm_sparse":
+    if issubclass(policy, LearnedPolicy) and kind != "movement":
+        data |= draw(either | fields({"strength": amounts}))
+    elif kind != "nm_sparse":
         data |= draw(by_sparsity if kind == "gradual" else either)
     data |= draw(OWN_FIELDS.get(kind, some.just({})))
     if kind == "gradual":
         data["initial_sparsity"] = data["sparsity"] * draw(shares)
-    if issubclass(policy, DynamicPolicy):
+    if issubclass(policy, DynamicPolicy | LearnedPolicy):
         total = draw(some.integers(1, 10**7))
         stop = draw(some.none() | some.integers(1, total) | some.floats(1 / total, 1))
         last = st.UpdateSchedule(stop=stop).stop_step(total, policy.default_stop)

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 import sparsetrain as st
+from sparsetrain.candidates import find_candidates
 from sparsetrain.recipe import assign
-from sparsetrain.targets import find_candidates
 
 STATIC: dict[str, Any] = {"kind": "static", "sparsity": 0.5}
 SET: dict[str, Any] = {"kind": "set", "sparsity": 0.5, "total_steps": 10}

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from sparsetrain.candidates import find_candidates
 from sparsetrain.storage.csr.layers import SparseLayer
-from sparsetrain.targets import find_candidates
 
 if TYPE_CHECKING:
     from sparsetrain.optimizer import SparseOptimizer

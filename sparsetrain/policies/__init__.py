@@ -3,11 +3,17 @@
 from sparsetrain.policies.base import DynamicPolicy, Policy, PolicyField
 from sparsetrain.policies.dynamic_network_surgery import DynamicNetworkSurgery
 from sparsetrain.policies.gradual import Gradual
+from sparsetrain.policies.gumbel_softmax import GumbelSoftmax
+from sparsetrain.policies.hard_concrete import HardConcrete
+from sparsetrain.policies.learned import LearnedPolicy
+from sparsetrain.policies.movement import Movement
 from sparsetrain.policies.nm_sparse import NMSparse
 from sparsetrain.policies.rigl import RigL
 from sparsetrain.policies.set import SET
 from sparsetrain.policies.snfs import SNFS
+from sparsetrain.policies.soft_threshold import SoftThreshold
 from sparsetrain.policies.static import Static
+from sparsetrain.policies.variational_dropout import VariationalDropout
 
 __all__ = [
     "SET",
@@ -15,9 +21,15 @@ __all__ = [
     "DynamicNetworkSurgery",
     "DynamicPolicy",
     "Gradual",
+    "GumbelSoftmax",
+    "HardConcrete",
+    "LearnedPolicy",
+    "Movement",
     "NMSparse",
     "Policy",
     "PolicyField",
     "RigL",
+    "SoftThreshold",
     "Static",
+    "VariationalDropout",
 ]

@@ -57,10 +57,13 @@ class Policy(Kinded):
             )
         if self._needs_sparsity() and self.sparsity is None:
             raise ValueError("'sparsity' is missing: the share of zeros, in [0, 1)")
-        if isinstance(self.allocation, Global) and not isinstance(self.structure, Unstructured):
-            raise ValueError("allocation 'global' ranks single weights: leave 'structure' out")
+        self._structure_fits()
         self._n_m_sets_the_sparsity()
         return self
+
+    def _structure_fits(self) -> None:
+        if isinstance(self.allocation, Global) and not isinstance(self.structure, Unstructured):
+            raise ValueError("allocation 'global' ranks single weights: leave 'structure' out")
 
     def _n_m_sets_the_sparsity(self) -> None:
         if isinstance(self.structure, NM) and self.sparsity is not None:
@@ -116,11 +119,17 @@ class Policy(Kinded):
             return self.update_is_due(step)
         return self.dense_gradient == "always"
 
+    def follow_clock(self, group: TargetGroup, step: int) -> None:
+        """Set what follows from the clock alone, before the step of this number."""
+
     def observe(self, group: TargetGroup, step: int) -> None:
         """See the dense gradients of a step, before inactive ones are dropped."""
 
     def update_masks(self, group: TargetGroup, step: int) -> None:
         """Change the masks of the group, through `group.exchange` or `group.replace_mask`."""
+
+    def finish(self, group: TargetGroup, step: int) -> None:
+        """Do what is left to do before the masks become final."""
 
 
 class DynamicPolicy(Policy):

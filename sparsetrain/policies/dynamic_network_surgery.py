@@ -73,8 +73,7 @@ class DynamicNetworkSurgery(DynamicPolicy):
         """Prune and splice, layer by layer, each with the decaying probability."""
         probability = (1 + self.gamma * max(step - self.update.start, 0)) ** -self.power
         counts = None if self.c_rate is not None else self.counts(group)
-        for target in group.targets:
-            assert isinstance(target, LatentTarget)
+        for target in group.held_as(LatentTarget):
             chance = float(torch.rand((), generator=group.generator))
             started = f"{target.name}.started" in group.memory
             if started and chance >= probability:

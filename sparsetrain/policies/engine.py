@@ -15,7 +15,7 @@ from sparsetrain.policies.group import TargetGroup
 from sparsetrain.random_choice import random_ranks
 from sparsetrain.selection import group_top_k
 from sparsetrain.structures import Structure, Unstructured
-from sparsetrain.targets import SparseTarget
+from sparsetrain.targets import ExchangeTarget
 
 
 def random_free(numel: int, kept: Tensor, count: int, generator: torch.Generator) -> Tensor:
@@ -33,7 +33,7 @@ def random_free(numel: int, kept: Tensor, count: int, generator: torch.Generator
 
 def drop_and_grow_units(
     group: TargetGroup,
-    target: SparseTarget,
+    target: ExchangeTarget,
     fraction: float,
     drop_scores: Tensor,
     grow_scores: Tensor,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -14,8 +14,9 @@ from sparsetrain.policies.engine import flat_indices, is_unstructured
 from sparsetrain.policies.group import TargetGroup
 from sparsetrain.schedules import Schedule, UpdateSchedule
 from sparsetrain.scores import Magnitude, ScoreField
+from sparsetrain.scores.base import ACCUMULATED
 from sparsetrain.selection import bottom_k_indices, select, top_k_across
-from sparsetrain.targets import SparseTarget
+from sparsetrain.targets import ExchangeTarget
 
 _EMPTY = torch.empty(0, dtype=torch.int64)
 
@@ -80,17 +81,34 @@ class Gradual(DynamicPolicy):
 
     def update_masks(self, group: TargetGroup, step: int) -> None:
         """Drop the least important active weights down to the curve's counts."""
-        current = {t.name: t.active for t in group.targets}
+        current = {t.name: t.active for t in group.exchangeable}
         counts = self._counts_at(group, self.sparsity_at(step), current)
         scores = {
-            t.name: self.score.of(t.name, t.param, group.state_of(t.param), group.generator)
-            for t in group.targets
+            t.name: self.score.of(t.name, t.param, self._known(group, t), group.generator)
+            for t in group.exchangeable
         }
         if isinstance(self.allocation, Global):
             self._drop_across(group, scores, sum(counts.values()))
             return
-        for target in group.targets:
+        for target in group.exchangeable:
             self._drop_to(group, target, scores[target.name], counts[target.name])
+
+    def observe(self, group: TargetGroup, step: int) -> None:
+        """Let a score that is a sum over steps see this one."""
+        if not self.score.accumulates or step > self.last_update():
+            return
+        for target in group.exchangeable:
+            key = _seen(target)
+            seen = self.score.observe(target.name, target.param, group.memory.get(key))
+            if seen is not None:
+                group.memory[key] = seen
+
+    def _known(self, group: TargetGroup, target: ExchangeTarget) -> dict[str, Any]:
+        """What a score may look at beside the weight."""
+        known = dict(group.state_of(target.param))
+        if _seen(target) in group.memory:
+            known[ACCUMULATED] = group.memory[_seen(target)]
+        return known
 
     def _counts_at(
         self, group: TargetGroup, sparsity: float, limits: dict[str, int] | None = None
@@ -98,7 +116,7 @@ class Gradual(DynamicPolicy):
         return allocate(self.allocation, self.layer_shapes(group), sparsity, limits)
 
     def _drop_to(
-        self, group: TargetGroup, target: SparseTarget, scores: Tensor, count: int
+        self, group: TargetGroup, target: ExchangeTarget, scores: Tensor, count: int
     ) -> None:
         if is_unstructured(self.structure):
             active = target.active_indices()
@@ -113,9 +131,13 @@ class Gradual(DynamicPolicy):
 
     def _drop_across(self, group: TargetGroup, scores: dict[str, Tensor], total: int) -> None:
         """One ranking over all active weights of the group."""
-        active = {t.name: t.active_indices() for t in group.targets}
-        values = {t.name: t.at_active(scores[t.name]) for t in group.targets}
+        active = {t.name: t.active_indices() for t in group.exchangeable}
+        values = {t.name: t.at_active(scores[t.name]) for t in group.exchangeable}
         keep = top_k_across(values, min(total, sum(v.numel() for v in values.values())))
-        for target in group.targets:
+        for target in group.exchangeable:
             gone = active[target.name][~keep[target.name]]
             group.exchange(target, gone, _EMPTY.to(gone.device))
+
+
+def _seen(target: ExchangeTarget) -> str:
+    return f"{target.name}.seen"

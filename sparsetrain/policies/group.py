@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from sparsetrain.report.events import LayerChange
-from sparsetrain.targets import SparseTarget
+from sparsetrain.targets import ExchangeTarget, SparseTarget
 
 #: Flat indices of weights that went inactive, and of those that are new.
 Exchanged = tuple[Tensor, Tensor]
+TargetT = TypeVar("TargetT", bound=SparseTarget)
 
 
 @dataclass
@@ -32,22 +33,31 @@ class TargetGroup:
     targets: list[SparseTarget]
     generator: torch.Generator
     state_of: Callable[[Tensor], Mapping[str, Any]]
-    carry_state: Callable[[SparseTarget, Callable[[], Exchanged]], Exchanged]
+    carry_state: Callable[[ExchangeTarget, Callable[[], Exchanged]], Exchanged]
     memory: dict[str, Any] = field(default_factory=dict)
     _planned: list[Callable[[], LayerChange]] = field(default_factory=list)
 
-    @property
-    def to_choose(self) -> list[SparseTarget]:
-        """The targets whose first mask is the policy's choice; others came sparse."""
-        return [target for target in self.targets if not target.built]
+    def held_as(self, kind: type[TargetT]) -> list[TargetT]:
+        """All targets, which are known to be of this kind."""
+        return [target for target in self.targets if isinstance(target, kind)]
 
-    def with_gradients(self, kind: str) -> list[SparseTarget]:
+    @property
+    def exchangeable(self) -> list[ExchangeTarget]:
+        """All targets, for a policy that says which connections go and which come."""
+        return [target for target in self.targets if isinstance(target, ExchangeTarget)]
+
+    @property
+    def to_choose(self) -> list[ExchangeTarget]:
+        """The targets whose first mask is the policy's choice; others came sparse."""
+        return [target for target in self.exchangeable if not target.built]
+
+    def with_gradients(self, kind: str) -> list[ExchangeTarget]:
         """The targets that got a gradient; a layer that the step did not use has none.
 
         Raises:
             ValueError: no target has one.
         """
-        found = [target for target in self.targets if target.has_gradient]
+        found = [target for target in self.exchangeable if target.has_gradient]
         if not found:
             raise ValueError(
                 f"policy {kind!r} needs the gradient of {self.targets[0].name}: call backward() "
@@ -57,7 +67,7 @@ class TargetGroup:
 
     def exchange(
         self,
-        target: SparseTarget,
+        target: ExchangeTarget,
         dropped: Tensor,
         grown: Tensor,
         values: Tensor | None = None,
@@ -66,13 +76,17 @@ class TargetGroup:
 
         def change() -> LayerChange:
             gone, new = self.carry_state(target, lambda: target.exchange(dropped, grown, values))
-            return _change_of(target, gone.numel(), new.numel())
+            return change_of(target, gone.numel(), new.numel())
 
-        self._planned.append(change)
+        self.plan(change)
 
-    def replace_mask(self, target: SparseTarget, mask: Tensor) -> None:
+    def replace_mask(self, target: ExchangeTarget, mask: Tensor) -> None:
         """Plan a whole new mask (for latent weights, whose optimizer state stays dense)."""
-        self._planned.append(lambda: _change_of(target, *target.replace_mask(mask)))
+        self.plan(lambda: change_of(target, *target.replace_mask(mask)))
+
+    def plan(self, change: Callable[[], LayerChange]) -> None:
+        """Plan any other change of one target."""
+        self._planned.append(change)
 
     def commit(self) -> list[LayerChange]:
         """Make the planned changes; returns what they did to each layer."""
@@ -85,5 +99,6 @@ class TargetGroup:
         self._planned.clear()
 
 
-def _change_of(target: SparseTarget, dropped: int, grown: int) -> LayerChange:
+def change_of(target: SparseTarget, dropped: int, grown: int) -> LayerChange:
+    """What an update did to a target, which is as it left it."""
     return LayerChange(target.name, dropped, grown, target.active, target.numel)

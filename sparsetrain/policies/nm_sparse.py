@@ -95,8 +95,7 @@ class NMSparse(Policy):
 
     def observe(self, group: TargetGroup, step: int) -> None:
         """Pull pruned latent weights towards 0 (SR-STE)."""
-        for target in group.targets:
-            assert isinstance(target, LatentTarget)
+        for target in group.held_as(LatentTarget):
             grad = target.param.grad
             if grad is not None and self.decay:
                 latent = target.latent_weight()
@@ -104,6 +103,5 @@ class NMSparse(Policy):
 
     def update_masks(self, group: TargetGroup, step: int) -> None:
         """Choose the n largest latent weights of every group."""
-        for target in group.targets:
-            assert isinstance(target, LatentTarget)
+        for target in group.held_as(LatentTarget):
             group.replace_mask(target, self._mask(target.latent_weight(), target.name))

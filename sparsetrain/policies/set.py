@@ -18,7 +18,7 @@ from sparsetrain.policies.engine import (
 from sparsetrain.policies.group import TargetGroup
 from sparsetrain.schedules import ConstantFraction, as_schedule
 from sparsetrain.selection import bottom_k_indices
-from sparsetrain.targets import SparseTarget
+from sparsetrain.targets import ExchangeTarget
 
 
 class SET(DynamicPolicy):
@@ -57,7 +57,7 @@ class SET(DynamicPolicy):
     def update_masks(self, group: TargetGroup, step: int) -> None:
         """Drop by magnitude, grow at random."""
         fraction = self.drop_fraction.at(self.progress(step))
-        for target in group.targets:
+        for target in group.exchangeable:
             if not is_unstructured(self.structure):
                 magnitude = target.param.detach().abs()
                 wish = torch.rand(target.shape, generator=group.generator).to(magnitude.device)
@@ -73,7 +73,9 @@ class SET(DynamicPolicy):
             grown = random_free(target.numel, kept, dropped.numel(), group.generator)
             group.exchange(target, dropped, grown, self._start_values(group, target, grown.numel()))
 
-    def _start_values(self, group: TargetGroup, target: SparseTarget, count: int) -> Tensor | None:
+    def _start_values(
+        self, group: TargetGroup, target: ExchangeTarget, count: int
+    ) -> Tensor | None:
         """New weights drawn from a normal, or None for zeros."""
         if self.grow_std == 0:
             return None

@@ -15,7 +15,7 @@ from sparsetrain.policies.base import DynamicPolicy
 from sparsetrain.policies.engine import is_unstructured
 from sparsetrain.policies.group import TargetGroup
 from sparsetrain.schedules import CosineFraction, as_schedule
-from sparsetrain.targets import SparseTarget
+from sparsetrain.targets import ExchangeTarget
 
 #: Layers with fewer zeros than this drop at most their share of zeros while they grow.
 _NEARLY_DENSE = 0.2
@@ -59,7 +59,7 @@ class SNFS(DynamicPolicy):
         if step >= self.stop_step():
             group.memory.clear()
             return
-        for target in group.targets:
+        for target in group.exchangeable:
             gradient = target.whole_gradient()
             if gradient is None:
                 continue
@@ -73,7 +73,7 @@ class SNFS(DynamicPolicy):
     def update_masks(self, group: TargetGroup, step: int) -> None:
         """Drop everywhere, then grow where momentum is large."""
         fraction = self.drop_fraction.at(self.progress(step))
-        targets = [target for target in group.targets if target.name in group.memory]
+        targets = [target for target in group.exchangeable if target.name in group.memory]
         if not targets:
             targets = group.with_gradients(self.kind)  # no step yet: the gradient that is there
         momenta = {t.name: _momentum_of(t, group) for t in targets}
@@ -88,7 +88,7 @@ class SNFS(DynamicPolicy):
             group.exchange(target, dropped, grown)
 
 
-def _momentum_of(target: SparseTarget, group: TargetGroup) -> Tensor:
+def _momentum_of(target: ExchangeTarget, group: TargetGroup) -> Tensor:
     """The momentum, of the weight's shape."""
     mean: Tensor | None = group.memory.get(target.name)
     if mean is None:
@@ -97,7 +97,7 @@ def _momentum_of(target: SparseTarget, group: TargetGroup) -> Tensor:
     return mean
 
 
-def _claims(targets: list[SparseTarget], momenta: dict[str, Tensor]) -> dict[str, float]:
+def _claims(targets: list[ExchangeTarget], momenta: dict[str, Tensor]) -> dict[str, float]:
     """Share of the growth for each layer: its mean momentum magnitude over active weights."""
     means = {}
     for target in targets:
@@ -110,7 +110,7 @@ def _claims(targets: list[SparseTarget], momenta: dict[str, Tensor]) -> dict[str
     return {name: mean / total if total else 1 / len(means) for name, mean in means.items()}
 
 
-def _drop_count(target: SparseTarget, fraction: float, claims: dict[str, float]) -> int:
+def _drop_count(target: ExchangeTarget, fraction: float, claims: dict[str, float]) -> int:
     """Connections that a layer drops, rounded up as in the authors' code.
 
     A nearly dense layer that claims more than an equal share would only regrow what it drops.

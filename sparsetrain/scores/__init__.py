@@ -4,7 +4,17 @@ from sparsetrain.scores.base import Score, ScoreField
 from sparsetrain.scores.gradient import Gradient
 from sparsetrain.scores.magnitude import Magnitude
 from sparsetrain.scores.momentum import Momentum
+from sparsetrain.scores.movement import MovementScore
 from sparsetrain.scores.random import Random
 from sparsetrain.scores.taylor import Taylor
 
-__all__ = ["Gradient", "Magnitude", "Momentum", "Random", "Score", "ScoreField", "Taylor"]
+__all__ = [
+    "Gradient",
+    "Magnitude",
+    "Momentum",
+    "MovementScore",
+    "Random",
+    "Score",
+    "ScoreField",
+    "Taylor",
+]

@@ -12,11 +12,27 @@ from torch.nn import Parameter
 
 from sparsetrain.config import AnyKind, Kinded
 
+#: Key in `state` of what `Score.observe` has returned last.
+ACCUMULATED = "sparsetrain.accumulated"
+
 
 class Score(Kinded):
     """Base of all scores; a member is one signal, computed from a weight and what surrounds it."""
 
     family: ClassVar[str] = "score"
+    #: Whether the score is a sum over steps, so that it has to `observe` each of them.
+    accumulates: ClassVar[bool] = False
+
+    def observe(self, name: str, param: Parameter, seen: Tensor | None) -> Tensor | None:
+        """Look at a step's weight and gradient.
+
+        Args:
+            seen: what this method returned at the step before; None at the first.
+
+        Returns:
+            What to remember, of the weight's shape.
+        """
+        return seen
 
     def of(
         self,
@@ -30,7 +46,8 @@ class Score(Kinded):
         Args:
             name: the layer, for errors.
             param: the weight; its `.grad` is the gradient of the current step, if there is one.
-            state: the base optimizer's state of the weight.
+            state: the base optimizer's state of the weight; under `ACCUMULATED` what `observe`
+                remembers.
             generator: CPU random source.
 
         Raises:

@@ -19,10 +19,10 @@ from sparsetrain.storage.kernels import (
     read_flat,
     write_flat_,
 )
-from sparsetrain.targets import SparseTarget
+from sparsetrain.targets import ExchangeTarget
 
 
-class MaskedTarget(SparseTarget):
+class MaskedTarget(ExchangeTarget):
     """A dense parameter and one bool a weight; inactive weights and gradients are exactly 0."""
 
     storage = "masked"
@@ -45,10 +45,6 @@ class MaskedTarget(SparseTarget):
     def mask(self) -> Tensor:
         """Bool tensor of the weight's shape, True where the weight is active."""
         return self._mask
-
-    def active_indices(self) -> Tensor:
-        """Flat indices of the active weights, int64, ascending."""
-        return self._mask.view(-1).nonzero().view(-1)
 
     def at_active(self, tensor: Tensor) -> Tensor:
         """Entries at the active weights, in the order of `active_indices`."""

@@ -15,13 +15,13 @@ from sparsetrain.storage.csr.growth import largest_in_blocks
 from sparsetrain.storage.csr.layers import SparseLayer
 from sparsetrain.storage.csr.pattern import Pattern, as_matrix, check
 from sparsetrain.storage.csr.tape import Tape
-from sparsetrain.targets import SparseTarget
+from sparsetrain.targets import ExchangeTarget
 
 #: Two ways to sum the same products differ by less.
 _ROUNDING = 1e-5
 
 
-class CsrTarget(SparseTarget):
+class CsrTarget(ExchangeTarget):
     """The values and the pattern of a `SparseLayer`; gradient and state have the values' size.
 
     Attributes:

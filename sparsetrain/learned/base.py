@@ -1,0 +1,106 @@
+"""What a learned mask is: a parametrization of a weight with parameters of its own."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import Parameter
+from torch.utils.hooks import RemovableHandle
+
+from sparsetrain.learned.sharing import Sharing
+
+#: How far beyond the border a gate is put that changes sides by decree.
+_STEP = 0.05
+
+
+class LearnedMask(nn.Module):
+    """A parametrization weight -> masked weight. Its own parameters train with the weight.
+
+    In training mode the mask may be random; in evaluation mode it is fixed and so is what `mask`
+    says. The noise comes from torch's global random source, as that of dropout does.
+    """
+
+    #: Whether `penalty` is something to train against.
+    has_penalty: ClassVar[bool] = True
+
+    def __init__(self, sharing: Sharing) -> None:
+        super().__init__()
+        self.sharing = sharing
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """The weight that the layer computes with."""
+        return self.sampled(weight) if self.training else self.evaluated(weight)
+
+    def sampled(self, weight: Tensor) -> Tensor:
+        """The weight of a training pass."""
+        return self.evaluated(weight)
+
+    @abstractmethod
+    def evaluated(self, weight: Tensor) -> Tensor:
+        """The weight of an evaluation pass."""
+
+    @abstractmethod
+    def mask(self, weight: Tensor) -> Tensor:
+        """Bool tensor of the weight's shape, True where `evaluated` keeps the weight."""
+
+    def hook(self, module: nn.Module) -> list[RemovableHandle]:
+        """Hooks on the layer, for a method that does more than change its weight."""
+        return []
+
+    def gates(self) -> list[Parameter]:
+        """The parameters of the mask itself."""
+        return list(self.parameters())
+
+    # The regulariser.
+
+    def penalty(self, weight: Tensor) -> Tensor:
+        """What the method adds to the loss, for a strength of 1; a scalar."""
+        return torch.zeros((), device=weight.device)
+
+    def add_penalty_gradient(self, weight: Parameter, strength: float) -> None:
+        """Add the gradient of `strength * penalty` to the gradients of gates and weight."""
+        parameters = [p for p in (*self.gates(), weight) if p.requires_grad]
+        with torch.enable_grad():
+            penalty = self.penalty(weight)
+            gradients = torch.autograd.grad(penalty, parameters, allow_unused=True)
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            if gradient is not None:
+                accumulate(parameter, gradient, strength)
+
+    # The border between kept and dropped, for control of the sparsity.
+
+    def margins(self, weight: Tensor) -> Tensor:
+        """How far each gate is from dropping its weights, of the gates' shape; kept where > 0."""
+        raise NotImplementedError(f"the gates of {type(self).__name__} have no border")
+
+    def put_across(self, weight: Tensor, gates: Tensor, *, keep: bool) -> None:
+        """Put the gates at these flat indices just across the border."""
+        raise NotImplementedError(f"the gates of {type(self).__name__} cannot be put")
+
+    def revive(self, weight: Tensor) -> None:
+        """Take up the gate again that is nearest to its border, of a layer that lost all."""
+        best = self.margins(weight).argmax().view(1)
+        self.put_across(weight, best, keep=True)
+
+    def restore(self, mask: Tensor) -> None:
+        """Take over the mask of a checkpoint, for a mask that does not follow from gates alone."""
+
+    def constrain(self) -> None:
+        """Bring the gates back into their range, after the optimizer stepped."""
+
+
+def accumulate(parameter: Parameter, gradient: Tensor, factor: float = 1.0) -> None:
+    """Add `factor * gradient` to the parameter's gradient."""
+    if parameter.grad is None:
+        parameter.grad = gradient * factor
+    else:
+        parameter.grad.add_(gradient, alpha=factor)
+
+
+def put(parameter: Parameter, indices: Tensor, border: Tensor | float, *, above: bool) -> None:
+    """Set entries just above or below their border."""
+    flat = parameter.detach().view(-1)
+    flat[indices] = border + (_STEP if above else -_STEP)

@@ -1,0 +1,116 @@
+"""Masks by scores that learn from movement (Sanh et al. 2020)."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from sparsetrain.learned.base import LearnedMask, accumulate, put
+from sparsetrain.learned.sharing import Sharing
+
+
+class _Scored(LearnedMask):
+    """weight * mask(scores); the scores get the gradient of the mask (straight-through).
+
+    Args:
+        sharing: which weights share a score.
+        scores: their start, of the gates' shape.
+    """
+
+    def __init__(self, sharing: Sharing, scores: Tensor) -> None:
+        super().__init__(sharing)
+        self.scores = Parameter(scores)
+
+    def kept(self) -> Tensor:
+        """Bool tensor of the gates' shape."""
+        raise NotImplementedError
+
+    def evaluated(self, weight: Tensor) -> Tensor:
+        """The masked weight, in training too."""
+        masked: Tensor = _Masked.apply(weight, self.scores, self.kept(), self.sharing)  # type: ignore[no-untyped-call]
+        return masked
+
+    def mask(self, weight: Tensor) -> Tensor:
+        """Where the scores keep the weight."""
+        return self.sharing.spread(self.kept())
+
+
+class TopScoresMask(_Scored):
+    """The policy keeps the highest scores, as many as its schedule says (hard movement)."""
+
+    has_penalty = False
+    chosen: Tensor
+
+    def __init__(self, sharing: Sharing, scores: Tensor) -> None:
+        super().__init__(sharing, scores)
+        chosen = torch.ones(sharing.gates, dtype=torch.bool, device=scores.device)
+        self.register_buffer("chosen", chosen, persistent=False)
+
+    def kept(self) -> Tensor:
+        """What the policy has chosen last."""
+        return self.chosen
+
+    def restore(self, mask: Tensor) -> None:
+        """Take over what the policy had chosen."""
+        self.chosen.copy_(self.sharing.gather(mask.to(self.scores.dtype)) > 0)
+
+
+class ScoresAboveMask(_Scored):
+    """All scores with sigmoid(score) above a threshold are kept (soft movement)."""
+
+    threshold: Tensor
+
+    def __init__(self, sharing: Sharing, scores: Tensor) -> None:
+        super().__init__(sharing, scores)
+        zero = torch.zeros((), dtype=scores.dtype, device=scores.device)
+        self.register_buffer("threshold", zero, persistent=False)
+
+    def kept(self) -> Tensor:
+        """Where sigmoid(score) > threshold."""
+        return torch.sigmoid(self.scores.detach()) > self.threshold
+
+    def penalty(self, weight: Tensor) -> Tensor:
+        """sum of sigmoid(score), each as often as it has weights."""
+        return torch.sigmoid(self.scores).sum() * self.sharing.size
+
+    def add_penalty_gradient(self, weight: Parameter, strength: float) -> None:
+        """In closed form."""
+        share = torch.sigmoid(self.scores.detach())
+        accumulate(self.scores, share.sub_(share * share), strength * self.sharing.size)
+
+    def _border(self) -> float:
+        threshold = float(self.threshold)
+        return math.log(threshold / (1 - threshold)) if threshold > 0 else -math.inf
+
+    def margins(self, weight: Tensor) -> Tensor:
+        """Scores above the logit of the threshold."""
+        return self.scores.detach() - self._border()
+
+    def put_across(self, weight: Tensor, gates: Tensor, *, keep: bool) -> None:
+        """By score."""
+        put(self.scores, gates, self._border(), above=keep)
+
+
+class _Masked(torch.autograd.Function):
+    """weight * mask; dL/dscores = dL/dW' * weight, whether kept or not (eq. 4)."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(weight: Tensor, scores: Tensor, kept: Tensor, sharing: Sharing) -> Tensor:
+        return torch.where(sharing.spread(kept), weight, 0.0)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
+        weight, _, kept, ctx.sharing = inputs
+        ctx.save_for_backward(weight, kept)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        weight, kept = ctx.saved_tensors
+        passed = torch.where(ctx.sharing.spread(kept), grad, 0.0)
+        return passed, ctx.sharing.gather(grad * weight), None, None

@@ -1,0 +1,81 @@
+"""Soft thresholds that are learned (Kusupati et al. 2020, STR)."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from sparsetrain.learned.base import LearnedMask
+from sparsetrain.learned.sharing import Sharing
+
+_STEP = 0.05
+Curve = Literal["sigmoid", "exponential"]
+
+
+class SoftThresholdMask(LearnedMask):
+    """sign(w) relu(|w| - g(s)), with one s for the layer or for each output (eq. 3).
+
+    Args:
+        sharing: of the thresholds: their shape broadcasts against the weight.
+        initial: value of s.
+        curve: g, the sigmoid or the exponential function.
+    """
+
+    has_penalty: ClassVar[bool] = False
+
+    def __init__(self, sharing: Sharing, initial: float, curve: Curve, like: Tensor) -> None:
+        super().__init__(sharing)
+        self.curve = curve
+        start = torch.full(sharing.gates, initial, dtype=like.dtype, device=like.device)
+        self.threshold_logit = Parameter(start)
+
+    def threshold(self) -> Tensor:
+        """g(s), of the thresholds' shape."""
+        g = torch.sigmoid if self.curve == "sigmoid" else torch.exp
+        return g(self.threshold_logit)
+
+    def evaluated(self, weight: Tensor) -> Tensor:
+        """The shrunken weight, in training too."""
+        shrunken: Tensor = _SoftThreshold.apply(weight, self.threshold())  # type: ignore[no-untyped-call]
+        return shrunken
+
+    def mask(self, weight: Tensor) -> Tensor:
+        """Where |w| is above the threshold."""
+        return weight.abs() > self.threshold()
+
+    def levels(self, weight: Tensor) -> Tensor:
+        """The s at which each weight would be just dropped, less the layer's own s."""
+        g_inverse = torch.logit if self.curve == "sigmoid" else torch.log
+        return g_inverse(weight.abs()).nan_to_num_(nan=torch.inf) - self.threshold_logit
+
+    def shift(self, level: float) -> None:
+        """Raise every s by the same amount."""
+        self.threshold_logit.data.add_(level)
+
+    def revive(self, weight: Tensor) -> None:
+        """Lower every s until a weight is above its threshold."""
+        self.shift(float(self.levels(weight).max()) - _STEP)
+
+
+class _SoftThreshold(torch.autograd.Function):
+    """One pass back instead of autograd's four; dropped weights get exactly 0."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(weight: Tensor, threshold: Tensor) -> Tensor:
+        return weight - torch.clamp(weight, -threshold, threshold)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(output)
+        ctx.threshold_shape = inputs[1].shape
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        (output,) = ctx.saved_tensors
+        passed = torch.where(output != 0, grad, 0.0)
+        return passed, -(passed * output.sign()).sum_to_size(ctx.threshold_shape)

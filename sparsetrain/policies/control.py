@@ -1,0 +1,105 @@
+"""Steering a learned mask to a sparsity: the strength of its penalty, and its last few gates.
+
+The strength is a Lagrange multiplier of the constraint "so many weights are kept". Dual ascent
+(Gallego-Posada et al. 2022, "Controlled sparsity via constrained optimization") raises it while
+too many are, here in the logarithm, because its right size is not known by orders of magnitude. A
+proportional part damps the swings (Stooke et al. 2020, "Responsive safety in reinforcement
+learning by PID Lagrangian methods"). The count that is steered is the one of evaluation, while
+the gradient comes from the penalty, its smooth stand-in.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparsetrain.storage.learned import LearnedTarget
+
+#: The multiplier starts this much below the size at which penalty and loss pull alike.
+_START = 0.01
+#: Log-multiplier gained over the whole ramp by being too dense by a factor of e.
+_GAIN = 100.0
+#: Answer to the present error, in log-multiplier a unit of log density.
+_DAMPING = 10.0
+#: Share of weights by which the count may differ before gates are put across the border.
+TOLERANCE = 0.0025
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Targets that share a number of weights to keep at the end.
+
+    Attributes:
+        key: of what is remembered for it.
+    """
+
+    key: str
+    targets: Sequence[LearnedTarget]
+    keep: int
+
+    @property
+    def numel(self) -> int:
+        """Weights of the targets."""
+        return sum(target.numel for target in self.targets)
+
+    def wanted(self, reached: float) -> float:
+        """Weights to keep when this share of the final sparsity should be reached."""
+        return self.numel - reached * (self.numel - self.keep)
+
+
+def pulls(targets: Sequence[LearnedTarget]) -> float:
+    """Mean size of the gradients of the gates."""
+    gradients = [p.grad for t in targets for p in t.learned.gates() if p.grad is not None]
+    total = sum(float(g.abs().sum()) for g in gradients)
+    return total / max(sum(g.numel() for g in gradients), 1)
+
+
+def first_strength(loss_pull: float, penalty_pull: float) -> float:
+    """Where the multiplier begins, from the mean gradients of loss and penalty."""
+    if not (loss_pull > 0 and penalty_pull > 0):
+        return 0.0  # no gradient yet: try again at the next step
+    return _START * loss_pull / penalty_pull
+
+
+def next_strength(memory: dict[str, Any], key: str, error: float, updates: float) -> None:
+    """Change the multiplier after an update.
+
+    Args:
+        error: log of kept over wanted weights.
+        updates: in the whole ramp.
+    """
+    integral = memory[f"{key}.integral"] + _GAIN / updates * min(max(error, -1.0), 1.0)
+    memory[f"{key}.integral"] = integral
+    memory[f"{key}.strength"] = math.exp(min(integral + _DAMPING * error, 80.0))
+
+
+def nearest_gates(targets: Sequence[LearnedTarget], surplus: int) -> Mapping[str, Tensor]:
+    """The gates nearest to their border that together hold `surplus` weights, or just less.
+
+    Args:
+        surplus: weights to drop; negative for weights to take up again.
+
+    Returns:
+        Target name -> flat gate indices.
+    """
+    drop = surplus > 0
+    distances, owners, indices, sizes = [], [], [], []
+    for number, target in enumerate(targets):
+        margins = target.learned.margins(target.param).reshape(-1)
+        side = margins > 0 if drop else margins <= 0
+        if drop:  # the best one stays, so that no layer is lost
+            side[margins.argmax()] = False
+        found = (side & margins.isfinite()).nonzero().view(-1)
+        distances.append(margins[found].abs())
+        indices.append(found)
+        owners.append(torch.full_like(found, number))
+        sizes.append(torch.full_like(found, target.learned.sharing.size))
+    order = torch.cat(distances).argsort(stable=True)
+    taken = order[torch.cat(sizes)[order].cumsum(0) <= abs(surplus)]
+    owner, index = torch.cat(owners)[taken], torch.cat(indices)[taken]
+    return {t.name: index[owner == number] for number, t in enumerate(targets)}

@@ -1,0 +1,101 @@
+"""Movement pruning (Sanh et al. 2020)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from sparsetrain.allocation import AllocationField, Global, Uniform
+from sparsetrain.candidates import Candidate
+from sparsetrain.learned.movement import ScoresAboveMask, TopScoresMask
+from sparsetrain.learned.sharing import share
+from sparsetrain.policies.control import Budget
+from sparsetrain.policies.group import TargetGroup
+from sparsetrain.policies.learned import LearnedPolicy
+from sparsetrain.schedules import UpdateSchedule
+from sparsetrain.selection import top_k, top_k_across
+from sparsetrain.storage.learned import LearnedTarget
+from sparsetrain.structures import Block, Structure, Unstructured
+
+
+class Movement(LearnedPolicy):
+    """Scores S that collect -w dL/dw through a straight-through mask (Sanh et al. 2020, eq. 4).
+
+    "top_k" keeps the highest scores of each matrix (or of all, with allocation 'global'), ever
+    fewer along a cubic schedule. "threshold" keeps sigmoid(S) > threshold; the regulariser is the
+    sum of sigmoid(S), and `strength` is its weight.
+    """
+
+    kind: Literal["movement"] = "movement"
+    structures: ClassVar[tuple[type[Structure], ...]] = (Unstructured, Block)
+
+    mode: Literal["top_k", "threshold"] = Field("top_k", description="hard or soft movement")
+    allocation: AllocationField = Field(
+        default_factory=Uniform,
+        description="'uniform' ranks within each matrix, as in the paper, 'global' across all",
+    )
+    threshold: float = Field(
+        0.1, gt=0, lt=0.5, description="of sigmoid(S), reached along the schedule from 0"
+    )
+    update: UpdateSchedule = Field(
+        default_factory=lambda: UpdateSchedule(every=10),
+        description="when masks are chosen (steps); the sparsity rises from `start` to `stop`",
+    )
+
+    @model_validator(mode="after")
+    def _mode_fits(self) -> Movement:
+        if self.mode == "top_k" and not self.is_steered:
+            raise ValueError("mode 'top_k' needs a 'sparsity' to rise to")
+        return self
+
+    def learned_mask(
+        self, candidate: Candidate, generator: torch.Generator
+    ) -> TopScoresMask | ScoresAboveMask:
+        """Scores of 0."""
+        weight = candidate.param.detach()
+        shape = tuple(weight.shape)
+        self.structure.check(shape, candidate.name)
+        sharing = share(self.structure if isinstance(self.structure, Block) else "weight", shape)
+        scores = weight.new_zeros(sharing.gates)
+        made: type[TopScoresMask | ScoresAboveMask]
+        made = TopScoresMask if self.mode == "top_k" else ScoresAboveMask
+        return made(sharing, scores)
+
+    def _default_lr(self, options: dict[str, Any]) -> float:
+        return 1e-2 if self.mode == "top_k" else super()._default_lr(options)
+
+    def follow_clock(self, group: TargetGroup, step: int) -> None:
+        """The threshold rises with the schedule."""
+        for target in group.held_as(LearnedTarget):
+            if isinstance(target.learned, ScoresAboveMask):
+                risen = self.reached(step) if self.total_steps else 1.0
+                target.learned.threshold.fill_(self.threshold * risen)
+
+    def _steer(
+        self, group: TargetGroup, budget: Budget, step: int
+    ) -> dict[str, Callable[[], None]]:
+        if self.mode == "threshold":
+            return super()._steer(group, budget, step)
+        size = budget.targets[0].learned.sharing.size
+        keep = round(budget.wanted(self.reached(step)) / size)
+        scores = {t.name: _scores(t) for t in budget.targets}
+        if isinstance(self.allocation, Global):
+            chosen = top_k_across(scores, keep)
+        else:
+            chosen = {name: top_k(values, keep, name=name) for name, values in scores.items()}
+        return {t.name: partial(_choose, t, chosen[t.name]) for t in budget.targets}
+
+
+def _scores(target: LearnedTarget) -> Tensor:
+    assert isinstance(target.learned, TopScoresMask)
+    return target.learned.scores.detach()
+
+
+def _choose(target: LearnedTarget, chosen: Tensor) -> None:
+    assert isinstance(target.learned, TopScoresMask)
+    target.learned.chosen.copy_(chosen)

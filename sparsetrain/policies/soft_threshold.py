@@ -1,0 +1,118 @@
+"""Soft threshold weight reparameterisation (Kusupati et al. 2020, STR)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from sparsetrain.candidates import Candidate
+from sparsetrain.learned.sharing import Sharing, share
+from sparsetrain.learned.soft_threshold import SoftThresholdMask
+from sparsetrain.policies.control import Budget
+from sparsetrain.policies.group import TargetGroup
+from sparsetrain.policies.learned import LearnedPolicy
+from sparsetrain.storage.learned import LearnedTarget
+
+#: Weights within this distance of s tell how many would be dropped next.
+_NEAR = 0.1
+
+
+class SoftThreshold(LearnedPolicy):
+    """sign(w) relu(|w| - g(s)) with a learned s for each layer (Kusupati et al. 2020, eq. 3).
+
+    Thresholds rise by weight decay on s, which is negative, and fall where the loss wants its
+    weights. With `strength` that decay decides the sparsity, as in the paper. With `sparsity` there
+    is no decay: all s are shifted together at each update, so that exactly as many weights are
+    above their thresholds as the schedule says, and the loss decides how layers differ.
+    """
+
+    kind: Literal["soft_threshold"] = "soft_threshold"
+    moves_in_log_odds: ClassVar[bool] = False
+
+    per: Literal["layer", "output"] = Field(
+        "layer", description="one threshold for the layer, or one for each output (channel)"
+    )
+    curve: Literal["sigmoid", "exponential"] = Field("sigmoid", description="g")
+    initial: float = Field(-10.0, description="s at the start; the paper's is -3200")
+
+    def learned_mask(self, candidate: Candidate, generator: torch.Generator) -> SoftThresholdMask:
+        """Thresholds that start at g(initial)."""
+        shape = tuple(candidate.param.shape)
+        if self.per == "output":
+            gates = share("output", shape, transposed=candidate.is_transposed).gates
+        else:
+            gates = (1,) * len(shape)
+        sharing = Sharing(shape, shape, gates)
+        return SoftThresholdMask(sharing, self.initial, self.curve, candidate.param.detach())
+
+    def group_options(self, options: dict[str, Any]) -> dict[str, Any]:
+        """The weights' own learning rate, as in the paper; decay by `strength`."""
+        own = {"lr": self.mask_lr or options["lr"]}
+        if "weight_decay" in options:
+            own["weight_decay"] = self.strength or 0.0
+        elif self.strength:
+            raise ValueError(
+                "SoftThreshold's 'strength' is the weight decay of its thresholds, which this "
+                "optimizer does not have; give 'sparsity' instead"
+            )
+        return own
+
+    def observe(self, group: TargetGroup, step: int) -> None:
+        """Project the gradients of s on the surface of equal counts: their level is not the loss's
+        to choose, only how layers differ."""
+        super().observe(group, step)
+        for budget in self.budgets(group):
+            pairs = [
+                (gate.grad, group.memory[_crossing(t)])
+                for t in budget.targets
+                if (gate := _soft(t).threshold_logit).grad is not None
+                and _crossing(t) in group.memory
+            ]
+            norm = sum(float(normal.square().sum()) for _, normal in pairs)
+            if norm:
+                level = sum(float((grad * normal).sum()) for grad, normal in pairs) / norm
+                for grad, normal in pairs:
+                    grad.sub_(normal, alpha=level)
+
+    def _steer(
+        self, group: TargetGroup, budget: Budget, step: int
+    ) -> dict[str, Callable[[], None]]:
+        """Shift every s of the budget by the same amount."""
+        keep = round(budget.wanted(self.reached(step)))
+        found = [_soft(t).levels(t.param.detach()) for t in budget.targets]
+        levels = torch.cat([of_target.reshape(-1) for of_target in found])
+        level = 0.0
+        if keep < levels.numel():
+            level = _between(levels, levels.numel() - keep)
+        for target, of_target in zip(budget.targets, found, strict=True):
+            near = ((of_target - level).abs() < _NEAR).to(levels.dtype)
+            counts = near.sum_to_size(_soft(target).threshold_logit.shape)
+            group.memory[_crossing(target)] = counts / (2 * _NEAR)
+        return {t.name: partial(_soft(t).shift, level) for t in budget.targets}
+
+
+def _between(levels: Tensor, below: int) -> float:
+    """A level with exactly so many below it, as far from its neighbours as can be, so that
+    rounding decides nothing."""
+    last = float(levels.kthvalue(below).values)
+    above = levels[levels > last]
+    first = float(above.min()) if above.numel() else math.inf
+    if math.isfinite(last) and math.isfinite(first):
+        return (last + first) / 2
+    return last if math.isfinite(last) else min(first, 0.0) - _NEAR
+
+
+def _crossing(target: LearnedTarget) -> str:
+    """Key of: how many weights a threshold drops when its s rises, a unit of s."""
+    return f"{target.name}.crossing"
+
+
+def _soft(target: LearnedTarget) -> SoftThresholdMask:
+    assert isinstance(target.learned, SoftThresholdMask)
+    return target.learned

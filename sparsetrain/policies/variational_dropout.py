@@ -1,0 +1,55 @@
+"""Sparse variational dropout (Molchanov et al. 2017)."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from pydantic import Field
+
+from sparsetrain.candidates import Candidate
+from sparsetrain.learned.sharing import share
+from sparsetrain.learned.variational_dropout import VariationalDropoutMask
+from sparsetrain.policies.learned import LearnedPolicy
+
+
+class VariationalDropout(LearnedPolicy):
+    """Gaussian noise on every weight; those that drown in it are dropped (Molchanov et al. 2017).
+
+    log alpha = log sigma^2 - log w^2; a weight is dropped at log alpha >= `threshold`. The
+    regulariser is the KL divergence from a log-uniform prior, eq. 14. Its `strength` is 1 over the
+    number of training examples in the paper, when the loss is a mean over examples.
+    """
+
+    kind: Literal["variational_dropout"] = "variational_dropout"
+
+    threshold: float = Field(3.0, gt=-8, lt=8, description="of log alpha")
+    log_sigma2: float = Field(-10.0, description="log sigma^2 at the start")
+    warm_up: float = Field(
+        0.1,
+        ge=0,
+        le=1,
+        description="share of total_steps over which `strength` rises from 0, after update.start; "
+        "without it all weights are dropped before any has learned",
+    )
+    local: bool = Field(
+        True,
+        description="noise on activations instead of weights (local reparameterisation), for "
+        "Linear and Conv layers; other layers get it on the weights",
+    )
+    clip: bool = Field(
+        True, description="leave out dropped weights in training passes too, as the authors' code"
+    )
+
+    def learned_mask(
+        self, candidate: Candidate, generator: torch.Generator
+    ) -> VariationalDropoutMask:
+        """log sigma^2 for each weight."""
+        weight = candidate.param.detach()
+        return VariationalDropoutMask(
+            share("weight", tuple(weight.shape)),
+            torch.full_like(weight, self.log_sigma2),
+            threshold=self.threshold,
+            local=self.local and candidate.runs_forward and not candidate.is_transposed,
+            clip=self.clip,
+        )
