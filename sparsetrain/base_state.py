@@ -10,6 +10,7 @@ optimizer out, not from a list.
 from __future__ import annotations
 
 import copy
+import inspect
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -24,6 +25,7 @@ from sparsetrain.storage.kernels import keep_where_
 from sparsetrain.targets import ExchangeTarget
 
 _TRIAL_STEPS = 4
+_SCHEDULED = {"initial_lr", "max_lr", "min_lr"}
 
 
 @dataclass(frozen=True)
@@ -224,6 +226,18 @@ def group_of(base: Optimizer, param: Tensor) -> dict[str, Any]:
     return next(group for group in groups if any(held is param for held in group["params"]))
 
 
+def options_like(group: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    """Options of another parameter group: those of `group`, but for its `own`.
+
+    What learning-rate schedulers have left in the group is kept in proportion.
+    """
+    options = {key: value for key, value in group.items() if key != "params"} | own
+    ratio = float(own["lr"]) / float(group["lr"]) if group["lr"] else 1.0
+    for key in _SCHEDULED & options.keys():
+        options[key] = ratio * float(options[key])
+    return options
+
+
 def add_group(
     base: Optimizer, parameters: list[Parameter], options: dict[str, Any], who: str
 ) -> None:
@@ -233,14 +247,22 @@ def add_group(
         ValueError: it cannot; it is then as it was.
     """
     try:
-        if type(base).__module__.startswith("torch.optim"):
-            make: Any = type(base)  # some take one group alone, and say so only here
-            make([{"params": [Parameter(torch.zeros(4, 4))]} for _ in range(2)], **base.defaults)
+        _try_two_groups(base)
         base.add_param_group({"params": parameters, **options})
     except ValueError as error:
         raise ValueError(
             f"{type(base).__name__} cannot train the gates of policy {who!r}: {error}"
         ) from error
+
+
+def _try_two_groups(base: Optimizer) -> None:
+    """Raise ValueError for an optimizer that takes one group alone; it says so when it is made."""
+    if not type(base).__module__.startswith("torch.optim"):
+        return
+    make: Any = type(base)
+    known = inspect.signature(make.__init__).parameters
+    options = {key: value for key, value in base.defaults.items() if key in known}
+    make([{"params": [Parameter(torch.zeros(4, 4))]} for _ in range(2)], **options)
 
 
 def drop_parameters(base: Optimizer, parameters: list[Parameter]) -> None:

@@ -68,7 +68,8 @@ class Holder:
     ) -> None:
         of_weights = base_state.group_of(self.base, targets[0].param)
         gates = [gate for target in targets for gate in target.learned.gates()]
-        base_state.add_group(self.base, gates, policy.group_options(of_weights), policy.kind)
+        options = base_state.options_like(of_weights, policy.group_options(of_weights))
+        base_state.add_group(self.base, gates, options, policy.kind)
         if policy.moves_in_log_odds:
             options = self.base.param_groups[-1]
             group.memory["normalises"] = not base_state.is_scale_free(self.base, options, gates[0])

@@ -255,6 +255,12 @@ class Keeper:
         return 1.0 - sum(t.active for t in targets) / sum(t.numel for t in targets)
 
     @torch.no_grad()
+    def penalty(self) -> Tensor:
+        """Sum of what the policies add to the loss."""
+        found = [policy.penalty(group, self.step_count) for policy, group in self.groups]
+        return sum((part for part in found if part is not None), torch.zeros(()))
+
+    @torch.no_grad()
     def release(self, *, dense: bool) -> None:
         """Leave the masked weights in the model and forget everything else."""
         for policy, group in self.groups:

@@ -165,8 +165,12 @@ class SparseOptimizer(Optimizer):
         return self._keeper.sparsity()
 
     def penalty(self) -> Tensor:
-        """What the policies add to the loss (0 for policies without a regulariser)."""
-        return torch.zeros(())
+        """What the policies add to the loss at the next step, a scalar without a gradient.
+
+        0 for policies without a regulariser. Its gradient is added inside `step()`; the loss of the
+        training loop needs no term for it.
+        """
+        return self._keeper.penalty()
 
     def summary(self) -> Summary:
         """Table of targets: shape, density asked for and reached, storage and why."""

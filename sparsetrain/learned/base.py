@@ -63,6 +63,8 @@ class LearnedMask(nn.Module):
     def add_penalty_gradient(self, weight: Parameter, strength: float) -> None:
         """Add the gradient of `strength * penalty` to the gradients of gates and weight."""
         parameters = [p for p in (*self.gates(), weight) if p.requires_grad]
+        if not parameters:
+            return
         with torch.enable_grad():
             penalty = self.penalty(weight)
             gradients = torch.autograd.grad(penalty, parameters, allow_unused=True)
@@ -93,7 +95,9 @@ class LearnedMask(nn.Module):
 
 
 def accumulate(parameter: Parameter, gradient: Tensor, factor: float = 1.0) -> None:
-    """Add `factor * gradient` to the parameter's gradient."""
+    """Add `factor * gradient` to the gradient of a parameter, unless that is frozen."""
+    if not parameter.requires_grad:
+        return
     if parameter.grad is None:
         parameter.grad = gradient * factor
     else:
@@ -102,5 +106,5 @@ def accumulate(parameter: Parameter, gradient: Tensor, factor: float = 1.0) -> N
 
 def put(parameter: Parameter, indices: Tensor, border: Tensor | float, *, above: bool) -> None:
     """Set entries just above or below their border."""
-    flat = parameter.detach().view(-1)
-    flat[indices] = border + (_STEP if above else -_STEP)
+    places = torch.unravel_index(indices, parameter.shape)
+    parameter.detach()[places] = border + (_STEP if above else -_STEP)

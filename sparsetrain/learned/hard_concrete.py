@@ -154,8 +154,10 @@ def channel_of(module: nn.Module) -> int:
 
 def logistic_noise(like: Tensor, shape: torch.Size) -> Tensor:
     """logit(u) for u uniform in (0, 1)."""
-    uniform = torch.rand(shape, dtype=like.dtype, device=like.device)
-    return torch.logit(uniform, eps=_LEAST_UNIFORM)
+    # Half precision draws exactly 0 too often.
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    uniform = torch.rand(shape, dtype=dtype, device=like.device)
+    return torch.logit(uniform, eps=_LEAST_UNIFORM).to(like.dtype)
 
 
 def _gates(log_alpha: Tensor, noise: Tensor) -> Tensor:

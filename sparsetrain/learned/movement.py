@@ -36,7 +36,7 @@ class _Scored(LearnedMask):
 
     def mask(self, weight: Tensor) -> Tensor:
         """Where the scores keep the weight."""
-        return self.sharing.spread(self.kept())
+        return self.sharing.spread(self.kept()).clone()
 
 
 class TopScoresMask(_Scored):

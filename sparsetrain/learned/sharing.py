@@ -63,12 +63,12 @@ def share(per: Per | Block, shape: Shape, *, transposed: bool = False) -> Sharin
         per: a gate for each weight, input unit (channel), output unit (channel), or block.
         transposed: whether inputs are dimension 0, as in transposed convolutions.
     """
+    if per == "weight" or (isinstance(per, Block) and per.size == (1, 1)):
+        return Sharing(shape, shape, shape)
     if isinstance(per, Block):
         rows, columns = per.size
         grid = (shape[0] // rows, rows, math.prod(shape[1:]) // columns, columns)
         return Sharing(shape, grid, (grid[0], 1, grid[2], 1))
-    if per == "weight":
-        return Sharing(shape, shape, shape)
     dimension = int((per == "input") != transposed)
     gates = tuple(n if d == dimension else 1 for d, n in enumerate(shape))
     return Sharing(shape, shape, gates)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -49,15 +50,18 @@ class SoftThresholdMask(LearnedMask):
     def levels(self, weight: Tensor) -> Tensor:
         """The s at which each weight would be just dropped, less the layer's own s."""
         g_inverse = torch.logit if self.curve == "sigmoid" else torch.log
-        return g_inverse(weight.abs()).nan_to_num_(nan=torch.inf) - self.threshold_logit
+        levels = g_inverse(weight.abs())
+        return torch.where(levels.isnan(), torch.inf, levels) - self.threshold_logit
 
     def shift(self, level: float) -> None:
         """Raise every s by the same amount."""
         self.threshold_logit.data.add_(level)
 
     def revive(self, weight: Tensor) -> None:
-        """Lower every s until a weight is above its threshold."""
-        self.shift(float(self.levels(weight).max()) - _STEP)
+        """Lower every s until a weight is above its threshold; weights of 0 never are."""
+        highest = float(self.levels(weight).max())
+        if math.isfinite(highest):
+            self.shift(highest - _STEP)
 
 
 class _SoftThreshold(torch.autograd.Function):

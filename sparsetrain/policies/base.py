@@ -128,6 +128,10 @@ class Policy(Kinded):
     def update_masks(self, group: TargetGroup, step: int) -> None:
         """Change the masks of the group, through `group.exchange` or `group.replace_mask`."""
 
+    def penalty(self, group: TargetGroup, step: int) -> Tensor | None:
+        """What the policy adds to the loss at this step; None for one without a regulariser."""
+        return None
+
     def finish(self, group: TargetGroup, step: int) -> None:
         """Do what is left to do before the masks become final."""
 

@@ -181,26 +181,40 @@ class LearnedPolicy(Policy):
     def observe(self, group: TargetGroup, step: int) -> None:
         """Add the gradient of the regulariser, and bring gradients of gates to a common size."""
         if step >= self.update.start:
-            self._press(group, step)
+            for budget in self.budgets(group):
+                if f"{budget.key}.strength" not in group.memory:
+                    self._begin(group, budget)
+        for target, strength in self._strengths(group, step):
+            target.learned.add_penalty_gradient(target.param, strength)
         if group.memory.get("normalises", False):
             for target in group.held_as(LearnedTarget):
                 self._normalise(group, target)
 
-    def _press(self, group: TargetGroup, step: int) -> None:
+    def penalty(self, group: TargetGroup, step: int) -> Tensor | None:
+        """The regulariser of all targets with the strength of this step."""
+        parts = [
+            strength * target.learned.penalty(target.param)
+            for target, strength in self._strengths(group, step)
+        ]
+        return torch.stack(parts).sum() if parts else None
+
+    def _strengths(self, group: TargetGroup, step: int) -> list[tuple[LearnedTarget, float]]:
+        """The weight of each target's regulariser in the loss; targets without one are left out."""
+        targets = [t for t in group.held_as(LearnedTarget) if t.learned.has_penalty]
+        if step < self.update.start:
+            return []
         if self.strength is not None:
             risen = 1.0
             if self.warm_up:
                 assert self.total_steps is not None
                 risen = min((step - self.update.start) / (self.warm_up * self.total_steps), 1.0)
-            for target in group.held_as(LearnedTarget):
-                target.learned.add_penalty_gradient(target.param, self.strength * risen)
+            return [(target, self.strength * risen) for target in targets]
+        found = []
         for budget in self.budgets(group):
             strength = group.memory.get(f"{budget.key}.strength")
-            if strength is None:
-                self._begin(group, budget)
-                continue
-            for target in budget.targets:
-                target.learned.add_penalty_gradient(target.param, strength)
+            if strength is not None:
+                found += [(t, strength) for t in budget.targets if t.learned.has_penalty]
+        return found
 
     def _begin(self, group: TargetGroup, budget: Budget) -> None:
         """Find the size of the multiplier: loss and penalty are looked at apart."""

@@ -53,7 +53,7 @@ class SoftThreshold(LearnedPolicy):
 
     def group_options(self, options: dict[str, Any]) -> dict[str, Any]:
         """The weights' own learning rate, as in the paper; decay by `strength`."""
-        own = {"lr": self.mask_lr or options["lr"]}
+        own = {"lr": self.mask_lr or options.get("initial_lr", options["lr"])}
         if "weight_decay" in options:
             own["weight_decay"] = self.strength or 0.0
         elif self.strength:
