@@ -20,14 +20,23 @@ from torch import Tensor
 
 from sparsetrain.storage.learned import LearnedTarget
 
-#: The multiplier starts this much below the size at which penalty and loss pull alike.
-_START = 0.01
-#: Log-multiplier gained over the whole ramp by being too dense by a factor of e.
-_GAIN = 100.0
-#: Answer to the present error, in log-multiplier a unit of log density.
-_DAMPING = 10.0
 #: Share of weights by which the count may differ before gates are put across the border.
 TOLERANCE = 0.0025
+
+
+@dataclass(frozen=True)
+class Steering:
+    """How strongly the multiplier answers.
+
+    Attributes:
+        start: its first value, against the size at which penalty and loss pull alike.
+        gain: log-multiplier gained over the whole ramp by being too dense by a factor of e.
+        damping: answer to the present error alone, in log-multiplier a unit of log density.
+    """
+
+    start: float = 0.01
+    gain: float = 100.0
+    damping: float = 10.0
 
 
 @dataclass(frozen=True)
@@ -47,9 +56,9 @@ class Budget:
         """Weights of the targets."""
         return sum(target.numel for target in self.targets)
 
-    def wanted(self, reached: float) -> float:
+    def rising(self, share: float) -> float:
         """Weights to keep when this share of the final sparsity should be reached."""
-        return self.numel - reached * (self.numel - self.keep)
+        return self.numel - share * (self.numel - self.keep)
 
 
 def pulls(targets: Sequence[LearnedTarget]) -> float:
@@ -59,23 +68,26 @@ def pulls(targets: Sequence[LearnedTarget]) -> float:
     return total / max(sum(g.numel() for g in gradients), 1)
 
 
-def first_strength(loss_pull: float, penalty_pull: float) -> float:
+def first_strength(steering: Steering, loss_pull: float, penalty_pull: float) -> float:
     """Where the multiplier begins, from the mean gradients of loss and penalty."""
     if not (loss_pull > 0 and penalty_pull > 0):
         return 0.0  # no gradient yet: try again at the next step
-    return _START * loss_pull / penalty_pull
+    return steering.start * loss_pull / penalty_pull
 
 
-def next_strength(memory: dict[str, Any], key: str, error: float, updates: float) -> None:
+def next_strength(
+    steering: Steering, memory: dict[str, Any], key: str, error: float, updates: float
+) -> None:
     """Change the multiplier after an update.
 
     Args:
         error: log of kept over wanted weights.
         updates: in the whole ramp.
     """
-    integral = memory[f"{key}.integral"] + _GAIN / updates * min(max(error, -1.0), 1.0)
+    step = steering.gain / updates * min(max(error, -1.0), 1.0)
+    integral = memory[f"{key}.integral"] + step
     memory[f"{key}.integral"] = integral
-    memory[f"{key}.strength"] = math.exp(min(integral + _DAMPING * error, 80.0))
+    memory[f"{key}.strength"] = math.exp(min(integral + steering.damping * error, 80.0))
 
 
 def nearest_gates(targets: Sequence[LearnedTarget], surplus: int) -> Mapping[str, Tensor]:

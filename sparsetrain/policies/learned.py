@@ -18,6 +18,7 @@ from sparsetrain.policies.base import Policy
 from sparsetrain.policies.control import (
     TOLERANCE,
     Budget,
+    Steering,
     first_strength,
     nearest_gates,
     next_strength,
@@ -48,6 +49,8 @@ class LearnedPolicy(Policy):
     structures: ClassVar[tuple[type[Structure], ...]] = (Unstructured,)
     #: End of the rise of the sparsity, when the schedule gives none.
     default_stop: ClassVar[float] = 0.75
+    #: How the strength is steered.
+    steering: ClassVar[Steering] = Steering()
     #: Whether gates are numbers such as log-odds, that need steps of a size of their own.
     moves_in_log_odds: ClassVar[bool] = True
 
@@ -173,10 +176,17 @@ class LearnedPolicy(Policy):
 
     def reached(self, step: int) -> float:
         """Share of the final sparsity that should be reached, in [0, 1]; cubic."""
+        return _RAMP.at(self.progress(step))
+
+    def progress(self, step: int) -> float:
+        """Position between the schedule's start and stop after this step, in [0, 1]."""
         start = self.update.start
-        stop = self.update.stop_step(self.total_steps, self.default_stop)
-        assert stop is not None  # total_steps is known where this is asked
-        return _RAMP.at((step + 1 - start) / max(stop - start, 1))
+        share = (step + 1 - start) / max(self._end_of_ramp() - start, 1)
+        return min(max(share, 0.0), 1.0)
+
+    def wanted(self, budget: Budget, step: int) -> float:
+        """Weights of the budget to keep after this step."""
+        return budget.rising(self.reached(step))
 
     def observe(self, group: TargetGroup, step: int) -> None:
         """Add the gradient of the regulariser, and bring gradients of gates to a common size."""
@@ -231,22 +241,26 @@ class LearnedPolicy(Policy):
         penalty_pull = pulls(budget.targets)
         for parameter, gradient in zip((*gates, *weights), kept, strict=True):
             parameter.grad = gradient
-        strength = first_strength(loss_pull, penalty_pull)
+        strength = first_strength(self.steering, loss_pull, penalty_pull)
         if strength > 0:
             group.memory[f"{budget.key}.strength"] = strength
             group.memory[f"{budget.key}.integral"] = math.log(strength)
 
     def _normalise(self, group: TargetGroup, target: LearnedTarget) -> None:
-        """Divide by the running root mean square, one number a tensor."""
+        """Divide each gradient by its running root mean square, as Adam and RMSprop do.
+
+        The gradients of open, closed and undecided gates differ by orders of magnitude, so that one
+        learning rate cannot move them all.
+        """
         for number, gate in enumerate(target.learned.gates()):
             if gate.grad is None:
                 continue
             key = f"{target.name}.square.{number}"
-            square = gate.grad.square().mean()
+            square = gate.grad.square()
             if key in group.memory:
-                square = torch.lerp(square, group.memory[key], _MEMORY_OF_SQUARES)
+                square.lerp_(group.memory[key], _MEMORY_OF_SQUARES)
             group.memory[key] = square
-            gate.grad.div_(square.sqrt() + _TINY)
+            gate.grad.div_(square.sqrt().add_(_TINY))
 
     # Steering.
 
@@ -261,11 +275,11 @@ class LearnedPolicy(Policy):
     def _steer(
         self, group: TargetGroup, budget: Budget, step: int
     ) -> dict[str, Callable[[], None]]:
-        wanted = budget.wanted(self.reached(step))
+        wanted = self.wanted(budget, step)
         active = sum(target.active for target in budget.targets)
         if f"{budget.key}.strength" in group.memory:
             error = math.log(max(active, 1) / wanted)
-            next_strength(group.memory, budget.key, error, self._updates_in_ramp())
+            next_strength(self.steering, group.memory, budget.key, error, self._updates_in_ramp())
         assert self.total_steps is not None
         if step < self._end_of_ramp():
             return {}

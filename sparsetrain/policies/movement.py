@@ -82,7 +82,7 @@ class Movement(LearnedPolicy):
         if self.mode == "threshold":
             return super()._steer(group, budget, step)
         size = budget.targets[0].learned.sharing.size
-        keep = round(budget.wanted(self.reached(step)) / size)
+        keep = round(self.wanted(budget, step) / size)
         scores = {t.name: _scores(t) for t in budget.targets}
         if isinstance(self.allocation, Global):
             chosen = top_k_across(scores, keep)

@@ -84,7 +84,7 @@ class SoftThreshold(LearnedPolicy):
         self, group: TargetGroup, budget: Budget, step: int
     ) -> dict[str, Callable[[], None]]:
         """Shift every s of the budget by the same amount."""
-        keep = round(budget.wanted(self.reached(step)))
+        keep = round(self.wanted(budget, step))
         found = [_soft(t).levels(t.param.detach()) for t in budget.targets]
         levels = torch.cat([of_target.reshape(-1) for of_target in found])
         level = 0.0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -10,7 +10,11 @@ from pydantic import Field
 from sparsetrain.candidates import Candidate
 from sparsetrain.learned.sharing import share
 from sparsetrain.learned.variational_dropout import VariationalDropoutMask
+from sparsetrain.policies.control import Budget, Steering
 from sparsetrain.policies.learned import LearnedPolicy
+
+#: Power of the curve along which the logarithm of the density falls.
+_EARLY = 6
 
 
 class VariationalDropout(LearnedPolicy):
@@ -22,6 +26,8 @@ class VariationalDropout(LearnedPolicy):
     """
 
     kind: Literal["variational_dropout"] = "variational_dropout"
+    # The KL divergence acts slowly; what has grown under too much of it would stay noisy for long.
+    steering: ClassVar[Steering] = Steering(start=1.0, gain=20.0, damping=2.0)
 
     threshold: float = Field(3.0, gt=-8, lt=8, description="of log alpha")
     log_sigma2: float = Field(-10.0, description="log sigma^2 at the start")
@@ -40,6 +46,13 @@ class VariationalDropout(LearnedPolicy):
     clip: bool = Field(
         True, description="leave out dropped weights in training passes too, as the authors' code"
     )
+
+    def wanted(self, budget: Budget, step: int) -> float:
+        """Most weights go early, as they do at a constant strength: noise keeps weights that have
+        not grown from growing, while those that have are held by their gradients."""
+        share = 1 - (1 - self.progress(step)) ** _EARLY
+        density: float = (budget.keep / budget.numel) ** share
+        return budget.numel * density
 
     def learned_mask(
         self, candidate: Candidate, generator: torch.Generator
