@@ -104,6 +104,14 @@ def accumulate(parameter: Parameter, gradient: Tensor, factor: float = 1.0) -> N
         parameter.grad.add_(gradient, alpha=factor)
 
 
+def where_positive(values: Tensor) -> Tensor:
+    """1 where a value is above 0, else 0, of the values' type; writes over `values`.
+
+    On a CPU two passes over floats are several times faster than a comparison and a choice.
+    """
+    return values.relu_().sign_()
+
+
 def put(parameter: Parameter, indices: Tensor, border: Tensor | float, *, above: bool) -> None:
     """Set entries just above or below their border."""
     places = torch.unravel_index(indices, parameter.shape)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from sparsetrain.learned.base import LearnedMask, accumulate, put
+from sparsetrain.learned.base import LearnedMask, accumulate, put, where_positive
 from sparsetrain.learned.hard_concrete import logistic_noise
 from sparsetrain.learned.sharing import Sharing
 from sparsetrain.structures import NM
@@ -18,15 +18,22 @@ _LEAST_UNIFORM = 1e-10
 
 
 class _Annealed(LearnedMask):
-    """A mask whose noise cools down; the temperature follows from the clock of the optimizer."""
+    """A mask whose choices harden; temperature and scale follow from the optimizer's clock.
+
+    Attributes:
+        temperature: tau, what logits and noise are divided by.
+        scale: kappa, what logits are multiplied with before the noise is added.
+    """
 
     temperature: Tensor
+    scale: Tensor
 
     def __init__(self, sharing: Sharing, *, hard: bool, like: Tensor) -> None:
         super().__init__(sharing)
         self.hard = hard
         one = torch.ones((), dtype=like.dtype, device=like.device)
         self.register_buffer("temperature", one, persistent=False)
+        self.register_buffer("scale", one.clone(), persistent=False)
 
 
 class GumbelSoftmaxMask(_Annealed):
@@ -46,12 +53,13 @@ class GumbelSoftmaxMask(_Annealed):
     def sampled(self, weight: Tensor) -> Tensor:
         """With a random mask."""
         noise = logistic_noise(self.logit, self.logit.shape)
-        gates: Tensor = _Choice.apply(self.logit, noise, self.temperature, self.hard)  # type: ignore[no-untyped-call]
+        logit = self.logit * self.scale
+        gates: Tensor = _Choice.apply(logit, noise, self.temperature, self.hard)  # type: ignore[no-untyped-call]
         return self.sharing.times(weight, gates)
 
     def evaluated(self, weight: Tensor) -> Tensor:
         """With the more probable choice."""
-        return self.sharing.times(weight, (self.logit > 0).to(weight.dtype))
+        return self.sharing.times(weight, where_positive(self.logit.detach().clone()))
 
     def mask(self, weight: Tensor) -> Tensor:
         """Where keeping is the more probable choice."""
@@ -59,12 +67,13 @@ class GumbelSoftmaxMask(_Annealed):
 
     def penalty(self, weight: Tensor) -> Tensor:
         """The expected number of kept weights."""
-        return torch.sigmoid(self.logit).sum() * self.sharing.size
+        return torch.sigmoid(self.logit * self.scale).sum() * self.sharing.size
 
     def add_penalty_gradient(self, weight: Parameter, strength: float) -> None:
         """In closed form."""
-        kept = torch.sigmoid(self.logit.detach())
-        accumulate(self.logit, kept.sub_(kept * kept), strength * self.sharing.size)
+        kept = torch.sigmoid(self.logit.detach() * self.scale)
+        slope = kept.sub_(kept * kept).mul_(self.scale)
+        accumulate(self.logit, slope, strength * self.sharing.size)
 
     def margins(self, weight: Tensor) -> Tensor:
         """The logits themselves."""
@@ -83,7 +92,7 @@ class _Choice(torch.autograd.Function):
     @staticmethod
     def forward(logit: Tensor, noise: Tensor, temperature: Tensor, hard: bool) -> Tensor:
         noisy = logit + noise
-        return (noisy > 0).to(noisy.dtype) if hard else torch.sigmoid(noisy / temperature)
+        return where_positive(noisy) if hard else torch.sigmoid(noisy / temperature)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
@@ -103,13 +112,11 @@ class PatternMask(_Annealed):
         structure: n and m.
         shape: of the weight.
         logits: [groups, C(m, n)].
-        scale: what logits are multiplied with before the noise (kappa; set by the clock).
         hard: as in `GumbelSoftmaxMask`.
     """
 
     has_penalty: ClassVar[bool] = False
     patterns: Tensor
-    scale: Tensor
 
     def __init__(
         self, structure: NM, sharing: Sharing, logits: Tensor, *, hard: bool = True
@@ -118,7 +125,6 @@ class PatternMask(_Annealed):
         self.structure = structure
         self.logits = Parameter(logits)
         self.register_buffer("patterns", patterns(structure).to(logits), persistent=False)
-        self.register_buffer("scale", torch.ones_like(self.temperature), persistent=False)
 
     def sampled(self, weight: Tensor) -> Tensor:
         """With a random pattern in every group."""

@@ -172,8 +172,8 @@ class _HardConcrete(torch.autograd.Function):
 
     @staticmethod
     def forward(log_alpha: Tensor, noise: Tensor) -> Tensor:
-        stretched = (log_alpha + noise).div(BETA).sigmoid().mul(_STRETCH).add(GAMMA)
-        return stretched.clamp(0, 1)
+        concrete = (log_alpha + noise).div_(BETA).sigmoid_()
+        return concrete.mul_(_STRETCH).add_(GAMMA).clamp_(0, 1)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
@@ -182,8 +182,7 @@ class _HardConcrete(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (gates,) = ctx.saved_tensors
-        # Where the gate is clamped, one factor is 0 after the stretch is taken back.
-        inside = (gates > 0) & (gates < 1)
+        inside = torch.sign(gates - gates * gates)  # 0 where a gate is clamped, else 1
         concrete = (gates - GAMMA) / _STRETCH
-        slope = concrete * (1 - concrete) * (_STRETCH / BETA)
-        return torch.where(inside, grad * slope, 0.0), None
+        slope = (concrete - concrete * concrete) * (_STRETCH / BETA)
+        return grad * slope * inside, None

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from sparsetrain.learned.base import LearnedMask, accumulate, put
+from sparsetrain.learned.base import LearnedMask, accumulate, put, where_positive
 from sparsetrain.learned.sharing import Sharing
 
 
@@ -26,7 +26,7 @@ class _Scored(LearnedMask):
         self.scores = Parameter(scores)
 
     def kept(self) -> Tensor:
-        """Bool tensor of the gates' shape."""
+        """1 where a score keeps its weights, else 0; of the gates' shape and type."""
         raise NotImplementedError
 
     def evaluated(self, weight: Tensor) -> Tensor:
@@ -36,7 +36,7 @@ class _Scored(LearnedMask):
 
     def mask(self, weight: Tensor) -> Tensor:
         """Where the scores keep the weight."""
-        return self.sharing.spread(self.kept()).clone()
+        return self.sharing.spread(self.kept() > 0).clone()
 
 
 class TopScoresMask(_Scored):
@@ -47,8 +47,7 @@ class TopScoresMask(_Scored):
 
     def __init__(self, sharing: Sharing, scores: Tensor) -> None:
         super().__init__(sharing, scores)
-        chosen = torch.ones(sharing.gates, dtype=torch.bool, device=scores.device)
-        self.register_buffer("chosen", chosen, persistent=False)
+        self.register_buffer("chosen", torch.ones_like(scores), persistent=False)
 
     def kept(self) -> Tensor:
         """What the policy has chosen last."""
@@ -62,16 +61,21 @@ class TopScoresMask(_Scored):
 class ScoresAboveMask(_Scored):
     """All scores with sigmoid(score) above a threshold are kept (soft movement)."""
 
-    threshold: Tensor
+    border: Tensor
 
     def __init__(self, sharing: Sharing, scores: Tensor) -> None:
         super().__init__(sharing, scores)
-        zero = torch.zeros((), dtype=scores.dtype, device=scores.device)
-        self.register_buffer("threshold", zero, persistent=False)
+        border = torch.full((), -torch.inf, dtype=scores.dtype, device=scores.device)
+        self.register_buffer("border", border, persistent=False)
+
+    def set_threshold(self, threshold: float) -> None:
+        """Keep where sigmoid(score) is above this from now on."""
+        border = math.log(threshold / (1 - threshold)) if threshold > 0 else -math.inf
+        self.border.fill_(border)
 
     def kept(self) -> Tensor:
-        """Where sigmoid(score) > threshold."""
-        return torch.sigmoid(self.scores.detach()) > self.threshold
+        """Where the score is above the logit of the threshold."""
+        return where_positive(self.scores.detach() - self.border)
 
     def penalty(self, weight: Tensor) -> Tensor:
         """sum of sigmoid(score), each as often as it has weights."""
@@ -82,17 +86,13 @@ class ScoresAboveMask(_Scored):
         share = torch.sigmoid(self.scores.detach())
         accumulate(self.scores, share.sub_(share * share), strength * self.sharing.size)
 
-    def _border(self) -> float:
-        threshold = float(self.threshold)
-        return math.log(threshold / (1 - threshold)) if threshold > 0 else -math.inf
-
     def margins(self, weight: Tensor) -> Tensor:
         """Scores above the logit of the threshold."""
-        return self.scores.detach() - self._border()
+        return self.scores.detach() - self.border
 
     def put_across(self, weight: Tensor, gates: Tensor, *, keep: bool) -> None:
         """By score."""
-        put(self.scores, gates, self._border(), above=keep)
+        put(self.scores, gates, self.border, above=keep)
 
 
 class _Masked(torch.autograd.Function):
@@ -102,7 +102,7 @@ class _Masked(torch.autograd.Function):
 
     @staticmethod
     def forward(weight: Tensor, scores: Tensor, kept: Tensor, sharing: Sharing) -> Tensor:
-        return torch.where(sharing.spread(kept), weight, 0.0)
+        return sharing.times(weight, kept)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
@@ -112,5 +112,4 @@ class _Masked(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         weight, kept = ctx.saved_tensors
-        passed = torch.where(ctx.sharing.spread(kept), grad, 0.0)
-        return passed, ctx.sharing.gather(grad * weight), None, None
+        return ctx.sharing.times(grad, kept), ctx.sharing.gather(grad * weight), None, None

@@ -65,13 +65,13 @@ class SoftThresholdMask(LearnedMask):
 
 
 class _SoftThreshold(torch.autograd.Function):
-    """One pass back instead of autograd's four; dropped weights get exactly 0."""
+    """Fewer passes than autograd's, and none that chooses by a bool."""
 
     generate_vmap_rule = True
 
     @staticmethod
     def forward(weight: Tensor, threshold: Tensor) -> Tensor:
-        return weight - torch.clamp(weight, -threshold, threshold)
+        return torch.copysign((weight.abs() - threshold).relu_(), weight)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
@@ -81,5 +81,6 @@ class _SoftThreshold(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         (output,) = ctx.saved_tensors
-        passed = torch.where(output != 0, grad, 0.0)
-        return passed, -(passed * output.sign()).sum_to_size(ctx.threshold_shape)
+        signs = output.sign()
+        outwards = grad * signs
+        return outwards * signs, -outwards.sum_to_size(ctx.threshold_shape)

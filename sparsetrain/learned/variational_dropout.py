@@ -11,13 +11,14 @@ from torch.nn import Parameter
 from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
-from sparsetrain.learned.base import LearnedMask, accumulate, put
+from sparsetrain.learned.base import LearnedMask, accumulate, put, where_positive
 from sparsetrain.learned.sharing import Sharing
 
 #: -KL = K1 sigmoid(K2 + K3 log_alpha) - 0.5 log(1 + 1/alpha) - K1, eq. 14.
 K1, K2, K3 = 0.63576, 1.87320, 1.48695
 _CLIP = 8.0
 _UNDER_ROOT = 1e-8
+_TINY = 1e-30  # for weights of exactly 0, whose numerators are 0 too
 
 
 class VariationalDropoutMask(LearnedMask):
@@ -60,12 +61,17 @@ class VariationalDropoutMask(LearnedMask):
 
     def evaluated(self, weight: Tensor) -> Tensor:
         """The means of weights below the threshold."""
-        return torch.where(self.mask(weight), weight, 0.0)
+        return weight * self._kept(weight)
 
     def mask(self, weight: Tensor) -> Tensor:
         """Where log alpha < threshold."""
+        return self._kept(weight) > 0
+
+    def _kept(self, weight: Tensor) -> Tensor:
+        """1 where sigma^2 < exp(threshold) w^2, else 0."""
+        square = weight.detach().square()
         sigma2 = torch.exp(self.log_sigma2.detach())
-        return sigma2 < math.exp(self.threshold) * weight.detach().square()
+        return where_positive(square.mul_(math.exp(self.threshold)).sub_(sigma2))
 
     def variance(self, weight: Tensor) -> Tensor:
         """exp(clipped log alpha) w^2, the variance of each weight."""
@@ -90,13 +96,12 @@ class VariationalDropoutMask(LearnedMask):
         """In closed form."""
         mean = weight.detach()
         log_alpha = self.log_sigma2.detach() - mean.square().log_()
-        inside = log_alpha.abs() < _CLIP
-        share = torch.sigmoid(K2 + K3 * log_alpha)
+        inside = where_positive(_CLIP - log_alpha.abs())
+        share = (log_alpha * K3).add_(K2).sigmoid_()
         slope = share.sub_(share * share).mul_(-K1 * K3)
-        slope.sub_(torch.sigmoid_(log_alpha.neg_()), alpha=0.5)
-        slope = torch.where(inside, slope, 0.0)
+        slope.sub_(log_alpha.neg_().sigmoid_(), alpha=0.5).mul_(inside)
         accumulate(self.log_sigma2, slope, strength)
-        accumulate(weight, torch.where(inside, slope / mean, 0.0), -2 * strength)
+        accumulate(weight, slope.div_(mean + _TINY), -2 * strength)
 
     def margins(self, weight: Tensor) -> Tensor:
         """log alpha below the threshold, not clipped."""
@@ -117,22 +122,21 @@ class _Variance(torch.autograd.Function):
     @staticmethod
     def forward(weight: Tensor, log_sigma2: Tensor) -> Tensor:
         square = weight * weight
-        lowest, highest = square * math.exp(-_CLIP), square * math.exp(_CLIP)
-        return torch.exp(log_sigma2).clamp(lowest, highest)
+        above = torch.maximum(torch.exp(log_sigma2), square * math.exp(-_CLIP))
+        return torch.minimum(above, square.mul_(math.exp(_CLIP)))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(inputs[0], output)
+        ctx.save_for_backward(*inputs, output)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        weight, variance = ctx.saved_tensors
-        square = weight * weight
-        high, low = variance >= square * math.exp(_CLIP), variance <= square * math.exp(-_CLIP)
-        clipped = high | low
-        factor = torch.where(high, math.exp(_CLIP), math.exp(-_CLIP))
-        of_weight = torch.where(clipped, 2 * grad * weight * factor, 0.0)
-        return of_weight, torch.where(clipped, 0.0, grad * variance)
+        weight, log_sigma2, variance = ctx.saved_tensors
+        clipped = (torch.exp(log_sigma2) - variance).sign().abs()  # 1 where it is, else 0
+        whole = grad * variance
+        # Clipped, the variance is w^2 times a constant; otherwise it is sigma^2.
+        of_square = whole * clipped
+        return 2 * of_square / (weight + _TINY), whole - of_square
 
 
 class _ActivationNoise:

@@ -23,7 +23,8 @@ class GumbelSoftmax(LearnedPolicy):
     """A choice between keep and drop, drawn with Gumbel noise (Jang et al. 2017, eq. 2).
 
     For a choice between two, the difference of two Gumbel variables is a logistic one, so a gate
-    has one logit. The noise cools from `temperature.initial` to `.final`. The regulariser is the
+    has one logit. Choices
+    harden as `temperature` falls and `scale` rises. The regulariser is the
     expected number of kept weights.
 
     With `structure` n:m the choice is among the C(m, n) patterns of each group (MaskLLM, Fang et
@@ -43,9 +44,10 @@ class GumbelSoftmax(LearnedPolicy):
         default_factory=lambda: Schedule(shape="linear", initial=1.0, final=0.1),
         description="of the noise, from the first step to the last",
     )
-    scale: LinearSchedule = Field(
-        default_factory=lambda: Schedule(shape="linear", initial=100.0, final=500.0),
-        description="n:m only: what logits are multiplied with (MaskLLM: 100 to 500)",
+    scale: LinearSchedule | None = Field(
+        None,
+        description="what logits are multiplied with before the noise, so that choices harden; "
+        "null: 1 to 10, and for n:m 100 to 500 (MaskLLM)",
     )
     prior: float = Field(
         3.0,
@@ -58,6 +60,8 @@ class GumbelSoftmax(LearnedPolicy):
     def _choice_is_clear(self) -> GumbelSoftmax:
         if min(self.temperature.initial, self.temperature.final) <= 0:
             raise ValueError("'temperature' has to stay above 0")
+        if min(self._scale.initial, self._scale.final) <= 0:
+            raise ValueError("'scale' has to stay above 0")
         if not isinstance(self.structure, Unstructured) and self.per != "weight":
             raise ValueError("give either 'structure' or 'per', not both")
         return self
@@ -74,8 +78,15 @@ class GumbelSoftmax(LearnedPolicy):
         """n:m logits are small numbers behind a large scale."""
         own = super().group_options(options)
         if isinstance(self.structure, NM) and self.mask_lr is None:
-            own["lr"] = self._default_lr(options) / max(self.scale.initial, 1.0)
+            own["lr"] = self._default_lr(options) / self._scale.initial
         return own
+
+    @property
+    def _scale(self) -> Schedule:
+        if self.scale is not None:
+            return self.scale
+        first, last = (100.0, 500.0) if isinstance(self.structure, NM) else (1.0, 10.0)
+        return Schedule(shape="linear", initial=first, final=last)
 
     def target_densities(self, group: TargetGroup) -> dict[str, float]:
         """n/m, or what the allocation sets."""
@@ -105,7 +116,7 @@ class GumbelSoftmax(LearnedPolicy):
         kept = groups @ patterns(structure).to(groups).T
         size = groups.sum(-1, keepdim=True).clamp_min(torch.finfo(groups.dtype).tiny)
         noise = torch.randn(kept.shape, generator=generator).to(kept) * 0.01
-        return (kept / size * self.prior + noise) / max(self.scale.initial, 1.0)
+        return (kept / size * self.prior + noise) / self._scale.initial
 
     def follow_clock(self, group: TargetGroup, step: int) -> None:
         """The temperature, and the scale of n:m logits."""
@@ -114,5 +125,4 @@ class GumbelSoftmax(LearnedPolicy):
             learned = target.learned
             if isinstance(learned, GumbelSoftmaxMask | PatternMask):
                 learned.temperature.fill_(self.temperature.at(progress))
-            if isinstance(learned, PatternMask):
-                learned.scale.fill_(self.scale.at(progress))
+                learned.scale.fill_(self._scale.at(progress))

@@ -74,7 +74,7 @@ class Movement(LearnedPolicy):
         for target in group.held_as(LearnedTarget):
             if isinstance(target.learned, ScoresAboveMask):
                 risen = self.reached(step) if self.total_steps else 1.0
-                target.learned.threshold.fill_(self.threshold * risen)
+                target.learned.set_threshold(self.threshold * risen)
 
     def _steer(
         self, group: TargetGroup, budget: Budget, step: int

@@ -25,7 +25,7 @@ SHAPE = (4, 6, 2, 2)
 
 def scores_above(sharing: Sharing, scores: Tensor) -> ScoresAboveMask:
     mask = ScoresAboveMask(sharing, scores)
-    mask.threshold.fill_(0.1)
+    mask.set_threshold(0.1)
     return mask
 
 

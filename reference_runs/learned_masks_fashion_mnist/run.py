@@ -1,0 +1,208 @@
+"""LeNet-300-100 and LeNet-5 on Fashion-MNIST: every learned mask at five sparsities.
+
+    python -m reference_runs.learned_masks_fashion_mnist.run --workers 2
+
+from the repository's root. Finished runs are kept in results.jsonl, so the same command goes on
+where it was stopped. See the README beside this file.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections import defaultdict
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import sparsetrain as st
+from reference_runs import _common as common
+from reference_runs.learned_masks_fashion_mnist.methods import LEARNED, METHODS
+from sparsetrain.workbench import Dataset, Trainer, build, load
+
+HERE = Path(__file__).parent
+SPARSITIES = (0.90, 0.95, 0.965, 0.98, 0.99)
+NETWORKS = {"lenet_300_100": "LeNet-300-100", "lenet_5": "LeNet-5"}
+EPOCHS = {"lenet_300_100": 20, "lenet_5": 6}
+BATCH = 100
+
+
+@cache
+def data() -> Dataset:
+    """All 60,000 and 10,000 images, mean and standard deviation of the pixels taken out."""
+    return load("fashion_mnist")
+
+
+def begin(network: str, method: str, sparsity: float, seed: int, epochs: int) -> Trainer:
+    """A run before its first step."""
+    chosen, dataset = METHODS[method], data()
+    steps = epochs * len(dataset.train_x) // BATCH
+    model = build(network, in_shape=dataset.in_shape, classes=10, seed=seed)
+    torch.manual_seed(seed)
+    optimizer = chosen.optimizer(model.parameters())
+    if chosen.policy is not None:
+        policy = chosen.policy(sparsity, steps)
+        optimizer = st.SparseOptimizer(optimizer, model, policy, seed=seed)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    return Trainer(model, optimizer, dataset, batch_size=BATCH, seed=seed, scheduler=scheduler)
+
+
+def train(job: common.Record, report: common.Report) -> common.Record:
+    """One run: test error after the last step and what is left of each layer."""
+    epochs = job["epochs"]
+    trainer = begin(job["network"], job["method"], job["sparsity"], job["seed"], epochs)
+    steps = epochs * trainer.steps_per_epoch
+    for record in trainer.run(steps):
+        words = f"test {100 * record.test_accuracy:.1f} %"
+        report(job["key"], record.epoch, epochs, words)
+    curve = trainer.history.accuracies
+    optimizer, model = trainer.optimizer, trainer.model
+    densities: dict[str, float] = {}
+    kept, total = 1, 1
+    if isinstance(optimizer, st.SparseOptimizer):
+        optimizer.finalize()  # what is counted is what a user is left with
+        weights = {name: model.get_parameter(name) for name in optimizer.targets}
+        densities = {n: round(float((w != 0).float().mean()), 5) for n, w in weights.items()}
+        kept = sum(int((w != 0).sum()) for w in weights.values())
+        total = sum(w.numel() for w in weights.values())
+    final = st.workbench.training.evaluate(model, data().test_x, data().test_y)
+    return {
+        "network": job["network"],
+        "method": job["method"],
+        "asked": job["sparsity"],
+        "sparsity": 1 - kept / total,
+        "seed": job["seed"],
+        "epochs": epochs,
+        "test_error": 1 - final,
+        "test_error_before_finalize": 1 - curve[-1],
+        "best_test_error": 1 - max(curve),
+        "train_loss": trainer.history.last.loss,
+        "train_seconds": round(sum(record.seconds for record in trainer.history.records), 1),
+        "densities": densities,
+        "test_error_curve": [round(1 - accuracy, 4) for accuracy in curve],
+    }
+
+
+def jobs_of(
+    networks: Sequence[str], methods: Sequence[str], seeds: int, sparsities: Sequence[float]
+) -> list[common.Record]:
+    """All runs, those of the first seed first."""
+    jobs = []
+    for network in networks:
+        for seed in range(seeds):
+            for method in methods:
+                epochs = EPOCHS[network] * METHODS[method].longer
+                for sparsity in (0.0,) if method == "dense" else sparsities:
+                    jobs.append(
+                        {
+                            "key": f"{network}-{method}-{sparsity}-{seed}",
+                            "network": network,
+                            "method": method,
+                            "sparsity": sparsity,
+                            "seed": seed,
+                            "epochs": epochs,
+                        }
+                    )
+    return jobs
+
+
+def summarise(runs: list[common.Record]) -> list[common.Record]:
+    """One row a network, method and sparsity; errors in percent."""
+    groups: dict[tuple[str, str, float], list[common.Record]] = defaultdict(list)
+    for run in runs:
+        groups[run["network"], run["method"], run["asked"]].append(run)
+    rows = []
+    for (network, method, asked), mine in groups.items():
+        errors = [100 * run["test_error"] for run in mine]
+        misses = [100 * abs(run["sparsity"] - asked) for run in mine]
+        layers = {
+            name: round(common.mean([run["densities"][name] for run in mine]), 4)
+            for name in mine[0]["densities"]
+        }
+        rows.append(
+            {
+                "network": network,
+                "method": method,
+                "asked": asked,
+                "seeds": len(mine),
+                "test_error": round(common.mean(errors), 3),
+                "standard_error": round(common.standard_error(errors), 3),
+                "largest_miss": round(max(misses), 3),
+                "densities": layers,
+            }
+        )
+    return rows
+
+
+def table_of(rows: list[common.Record], network: str) -> str:
+    """Errors of one network: a row a method, a column a sparsity."""
+    mine = {(row["method"], row["asked"]): row for row in rows if row["network"] == network}
+    lines = []
+    for method, about in METHODS.items():
+        cells = []
+        for sparsity in SPARSITIES:
+            row = mine.get((method, 0.0 if method == "dense" else sparsity))
+            error = row and f"{row['test_error']:.2f} ± {row['standard_error']:.2f}"
+            cells.append(error or "")
+        if any(cells):
+            lines.append([about.label, *cells])
+    return common.markdown_table(["", *(f"{100 * s:g} %" for s in SPARSITIES)], lines)
+
+
+def layers_of(rows: list[common.Record], network: str, asked: float) -> str:
+    """What each method leaves of each layer at one sparsity, in percent."""
+    mine = [r for r in rows if r["network"] == network and r["asked"] == asked]
+    names = list(mine[0]["densities"]) if mine else []
+    lines = [
+        [METHODS[row["method"]].label, *(f"{100 * row['densities'][n]:.2f}" for n in names)]
+        for row in sorted(mine, key=lambda row: list(METHODS).index(row["method"]))
+    ]
+    return common.markdown_table(["kept [%]", *names], lines)
+
+
+def write(runs: list[common.Record]) -> None:
+    """results.json and the tables of the README."""
+    rows = summarise(runs)
+    common.write_json(
+        HERE / "results.json", {"machine": common.machine(), "table": rows, "runs": runs}
+    )
+    parts = []
+    for network, label in NETWORKS.items():
+        if not any(row["network"] == network for row in rows):
+            continue
+        parts += [f"{label}, test error [%], mean ± standard error, {EPOCHS[network]} epochs:", ""]
+        parts += [table_of(rows, network), ""]
+        parts += [f"{label}, what is left of each layer at 95 %:", ""]
+        parts += [layers_of(rows, network, 0.95), ""]
+    worst = max((r for r in rows if r["method"] in LEARNED), key=lambda r: r["largest_miss"])
+    parts.append(
+        f"Of all {sum(r['seeds'] for r in rows if r['method'] in LEARNED)} runs with learned masks "
+        f"the one farthest from the sparsity it was asked for missed it by "
+        f"{worst['largest_miss']:.2f} percentage points."
+    )
+    common.put_into(HERE / "README.md", "\n".join(parts))
+
+
+def main() -> None:
+    """Run what is missing, then write results.json and the tables."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--workers", type=int, default=2, help="processes of one thread each")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--networks", nargs="+", default=list(NETWORKS), choices=NETWORKS)
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
+    parser.add_argument("--sparsities", nargs="+", type=float, default=list(SPARSITIES))
+    parser.add_argument("--only-write", action="store_true", help="tables of the finished runs")
+    arguments = parser.parse_args()
+    log = common.ResultLog(HERE / "results.jsonl")
+    if not arguments.only_write:
+        data()
+        jobs = jobs_of(arguments.networks, arguments.methods, arguments.seeds, arguments.sparsities)
+        common.run_jobs(jobs, train, log, workers=arguments.workers)
+    runs: list[dict[str, Any]] = log.read()
+    write(runs)
+
+
+if __name__ == "__main__":
+    main()
