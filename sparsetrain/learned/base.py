@@ -107,9 +107,18 @@ def accumulate(parameter: Parameter, gradient: Tensor, factor: float = 1.0) -> N
 def where_positive(values: Tensor) -> Tensor:
     """1 where a value is above 0, else 0, of the values' type; writes over `values`.
 
-    On a CPU two passes over floats are several times faster than a comparison and a choice.
+    On a CPU two passes over floats are several times faster than a comparison.
     """
     return values.relu_().sign_()
+
+
+def keep_positive(values: Tensor, margins: Tensor) -> Tensor:
+    """Values where the margin is above 0, else exactly 0, whatever the value is.
+
+    The gradient of a rectifier does just that in one pass; `torch.where` takes ten times as long.
+    """
+    kept: Tensor = torch.ops.aten.threshold_backward(values, margins, 0.0)
+    return kept
 
 
 def put(parameter: Parameter, indices: Tensor, border: Tensor | float, *, above: bool) -> None:

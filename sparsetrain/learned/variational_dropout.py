@@ -11,14 +11,19 @@ from torch.nn import Parameter
 from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
-from sparsetrain.learned.base import LearnedMask, accumulate, put, where_positive
+from sparsetrain.learned.base import LearnedMask, keep_positive, put
+from sparsetrain.learned.moments import (
+    CLIP,
+    K1,
+    K2,
+    K3,
+    add_kl_gradients,
+    moments,
+    moments_gradients,
+)
 from sparsetrain.learned.sharing import Sharing
 
-#: -KL = K1 sigmoid(K2 + K3 log_alpha) - 0.5 log(1 + 1/alpha) - K1, eq. 14.
-K1, K2, K3 = 0.63576, 1.87320, 1.48695
-_CLIP = 8.0
 _UNDER_ROOT = 1e-8
-_TINY = 1e-30  # for weights of exactly 0, whose numerators are 0 too
 
 
 class VariationalDropoutMask(LearnedMask):
@@ -50,33 +55,45 @@ class VariationalDropoutMask(LearnedMask):
         self.threshold = threshold
         self.local = local
         self.clip = clip
+        self._variance: Tensor | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_variance": None}  # part of a graph, which cannot be copied
 
     def sampled(self, weight: Tensor) -> Tensor:
         """The mean, with noise when the layer cannot add it to its output."""
-        mean = self.evaluated(weight) if self.clip else weight
+        mean, variance = self.moments(weight)
         if self.local:
+            self._variance = variance  # for the hook, which runs next
             return mean
-        variance = self.variance(weight)
         return mean + torch.sqrt(variance + _UNDER_ROOT) * torch.randn_like(weight)
 
     def evaluated(self, weight: Tensor) -> Tensor:
         """The means of weights below the threshold."""
-        return weight * self._kept(weight)
+        return keep_positive(weight, self._border(weight))
 
     def mask(self, weight: Tensor) -> Tensor:
         """Where log alpha < threshold."""
-        return self._kept(weight) > 0
+        return self._border(weight) > 0
 
-    def _kept(self, weight: Tensor) -> Tensor:
-        """1 where sigma^2 < exp(threshold) w^2, else 0."""
+    def _border(self, weight: Tensor) -> Tensor:
+        """exp(threshold) w^2 - sigma^2, above 0 where the weight is kept."""
         square = weight.detach().square()
-        sigma2 = torch.exp(self.log_sigma2.detach())
-        return where_positive(square.mul_(math.exp(self.threshold)).sub_(sigma2))
+        return square.mul_(math.exp(self.threshold)).sub_(torch.exp(self.log_sigma2.detach()))
 
-    def variance(self, weight: Tensor) -> Tensor:
-        """exp(clipped log alpha) w^2, the variance of each weight."""
-        variance: Tensor = _Variance.apply(weight, self.log_sigma2)  # type: ignore[no-untyped-call]
-        return variance
+    def moments(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and variance of each weight in a training pass.
+
+        The variance is exp(clipped log alpha) w^2.
+        """
+        above = math.exp(self.threshold) if self.clip else math.inf
+        mean, variance = _Moments.apply(weight, self.log_sigma2, above)  # type: ignore[no-untyped-call]
+        return mean, variance
+
+    def take_variance(self, weight: Tensor) -> Tensor:
+        """The variance that came with the mean of this pass."""
+        variance, self._variance = self._variance, None
+        return self.moments(weight)[1] if variance is None else variance
 
     def hook(self, module: nn.Module) -> list[RemovableHandle]:
         """Noise on the layer's output."""
@@ -84,7 +101,7 @@ class VariationalDropoutMask(LearnedMask):
 
     def log_alpha(self, weight: Tensor) -> Tensor:
         """log sigma^2 - log w^2, clipped; weights of 0 have the highest."""
-        return (self.log_sigma2 - weight.square().log()).clamp(-_CLIP, _CLIP)
+        return (self.log_sigma2 - weight.square().log()).clamp(-CLIP, CLIP)
 
     def penalty(self, weight: Tensor) -> Tensor:
         """The KL divergence from the log-uniform prior, summed over the weights."""
@@ -94,14 +111,7 @@ class VariationalDropoutMask(LearnedMask):
 
     def add_penalty_gradient(self, weight: Parameter, strength: float) -> None:
         """In closed form."""
-        mean = weight.detach()
-        log_alpha = self.log_sigma2.detach() - mean.square().log_()
-        inside = where_positive(_CLIP - log_alpha.abs())
-        share = (log_alpha * K3).add_(K2).sigmoid_()
-        slope = share.sub_(share * share).mul_(-K1 * K3)
-        slope.sub_(log_alpha.neg_().sigmoid_(), alpha=0.5).mul_(inside)
-        accumulate(self.log_sigma2, slope, strength)
-        accumulate(weight, slope.div_(mean + _TINY), -2 * strength)
+        add_kl_gradients(weight, self.log_sigma2, strength)
 
     def margins(self, weight: Tensor) -> Tensor:
         """log alpha below the threshold, not clipped."""
@@ -114,29 +124,24 @@ class VariationalDropoutMask(LearnedMask):
         put(self.log_sigma2, gates, border.clamp_min(-80.0), above=not keep)
 
 
-class _Variance(torch.autograd.Function):
-    """exp(clip(log sigma^2 - log w^2)) w^2, without a logarithm."""
+class _Moments(torch.autograd.Function):
+    """Mean and variance of each weight."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(weight: Tensor, log_sigma2: Tensor) -> Tensor:
-        square = weight * weight
-        above = torch.maximum(torch.exp(log_sigma2), square * math.exp(-_CLIP))
-        return torch.minimum(above, square.mul_(math.exp(_CLIP)))
+    def forward(weight: Tensor, log_sigma2: Tensor, above: float) -> tuple[Tensor, Tensor]:
+        return moments(weight, log_sigma2, above)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs, output)
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.save_for_backward(*inputs[:2])
+        ctx.above = inputs[2]
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        weight, log_sigma2, variance = ctx.saved_tensors
-        clipped = (torch.exp(log_sigma2) - variance).sign().abs()  # 1 where it is, else 0
-        whole = grad * variance
-        # Clipped, the variance is w^2 times a constant; otherwise it is sigma^2.
-        of_square = whole * clipped
-        return 2 * of_square / (weight + _TINY), whole - of_square
+    def backward(ctx: Any, of_mean: Tensor, of_variance: Tensor) -> Any:
+        weight, log_sigma2 = ctx.saved_tensors
+        return *moments_gradients(weight, log_sigma2, of_mean, of_variance, ctx.above), None
 
 
 class _ActivationNoise:
@@ -150,7 +155,7 @@ class _ActivationNoise:
             return None
         with torch.autocast(output.device.type, enabled=False):  # half precision has no 1e-8
             weight = module.parametrizations.weight.original
-            variance = self.mask.variance(weight)
+            variance = self.mask.take_variance(weight)
             x = args[0].to(weight.dtype)
             spread = torch.sqrt(_product(module, x * x, variance) + _UNDER_ROOT)
             return output + (spread * torch.randn_like(spread)).to(output.dtype)

@@ -76,13 +76,13 @@ class TargetGroup:
 
         def change() -> LayerChange:
             gone, new = self.carry_state(target, lambda: target.exchange(dropped, grown, values))
-            return change_of(target, gone.numel(), new.numel())
+            return _change_of(target, gone.numel(), new.numel())
 
         self.plan(change)
 
     def replace_mask(self, target: ExchangeTarget, mask: Tensor) -> None:
         """Plan a whole new mask (for latent weights, whose optimizer state stays dense)."""
-        self.plan(lambda: change_of(target, *target.replace_mask(mask)))
+        self.plan(lambda: _change_of(target, *target.replace_mask(mask)))
 
     def plan(self, change: Callable[[], LayerChange]) -> None:
         """Plan any other change of one target."""
@@ -99,6 +99,6 @@ class TargetGroup:
         self._planned.clear()
 
 
-def change_of(target: SparseTarget, dropped: int, grown: int) -> LayerChange:
+def _change_of(target: SparseTarget, dropped: int, grown: int) -> LayerChange:
     """What an update did to a target, which is as it left it."""
     return LayerChange(target.name, dropped, grown, target.active, target.numel)

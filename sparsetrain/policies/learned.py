@@ -24,7 +24,7 @@ from sparsetrain.policies.control import (
     next_strength,
     pulls,
 )
-from sparsetrain.policies.group import TargetGroup, change_of
+from sparsetrain.policies.group import TargetGroup
 from sparsetrain.report.events import LayerChange
 from sparsetrain.schedules import Schedule, UpdateSchedule
 from sparsetrain.storage.learned import LearnedTarget
@@ -321,8 +321,7 @@ def _change(target: LearnedTarget, move: Callable[[], None] | None) -> Callable[
     def change() -> LayerChange:
         if move is not None:
             move()
-        target.keep_alive()
-        dropped, grown = target.changes()
-        return change_of(target, dropped, grown)
+        dropped, grown, active = target.settle()
+        return LayerChange(target.name, dropped, grown, active, target.numel)
 
     return change

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -46,6 +46,10 @@ class VariationalDropout(LearnedPolicy):
     clip: bool = Field(
         True, description="leave out dropped weights in training passes too, as the authors' code"
     )
+
+    def _default_lr(self, options: dict[str, Any]) -> float:
+        """The weights' own, as in the authors' code: noise that outruns the means harms them."""
+        return float(options.get("initial_lr", options["lr"]))
 
     def wanted(self, budget: Budget, step: int) -> float:
         """Most weights go early, as they do at a constant strength: noise keeps weights that have

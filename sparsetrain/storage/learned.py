@@ -91,18 +91,23 @@ class LearnedTarget(SparseTarget):
         self.detach()
         self.param.copy_(torch.where(self._final, baked, 0.0))
 
-    def changes(self) -> tuple[int, int]:
-        """Weights that evaluation dropped and took up again since the last call."""
+    @torch.no_grad()
+    def settle(self) -> tuple[int, int, int]:
+        """Count what evaluation keeps, and take up the best gate again when that is nothing.
+
+        Returns:
+            Weights that it dropped and took up since the last call, and those that are active.
+        """
         now = self.mask
+        active = int(now.sum())
+        if not active:  # a layer without weights is lost
+            self.learned.revive(self.param)
+            now = self.mask
+            active = int(now.sum())
         before = torch.ones_like(now) if self._told is None else self._told
         self._told = now
-        return int((before & ~now).sum()), int((now & ~before).sum())
-
-    @torch.no_grad()
-    def keep_alive(self) -> None:
-        """Take up the best gate again when all are dropped: a layer without weights is lost."""
-        if not self.active:
-            self.learned.revive(self.param)
+        kept = int((before & now).sum())
+        return int(before.sum()) - kept, active - kept, active
 
     def after_step(self, keeps_zeros: bool) -> None:
         """Bring the gates back into their range."""

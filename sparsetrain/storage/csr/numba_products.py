@@ -5,13 +5,11 @@ All matrices are feature-major: x [features, batch]. The batch is cut into tiles
 
 from __future__ import annotations
 
-import threading
-
-import numba
 import numpy as np
 import torch
 from torch import Tensor
 
+from sparsetrain._numba_threads import numba_chunks
 from sparsetrain.storage.csr import torch_kernels
 from sparsetrain.storage.csr._numba_kernels import (
     WIDEST,
@@ -28,16 +26,11 @@ from sparsetrain.storage.csr._numba_kernels import (
 )
 from sparsetrain.storage.csr.pattern import Pattern
 
-_CHUNKS_A_THREAD = 4
 # A batch that leaves narrow tiles over walks the pattern again for them; torch's kernels do not.
 _WHOLE_TILE = 16
 # Bytes of a matrix that stays in the cache however its rows lie.
 _CACHED = 1 << 21
 _NO_BIAS = np.empty(0, dtype=np.float32)
-_MOST_THREADS: int = numba.config.NUMBA_NUM_THREADS
-# numba's simplest threading layer, used where OpenMP is missing, dies when it is entered twice.
-_one_at_a_time = threading.Lock()
-_local = threading.local()
 
 
 def product(pattern: Pattern, values: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
@@ -67,8 +60,7 @@ def values_gradient(pattern: Pattern, x: Tensor, grad: Tensor) -> Tensor:
         return torch.zeros(pattern.nnz)
     out = _new(pattern.nnz)
     wide, narrow = _array(x), _array(grad)
-    with _one_at_a_time:
-        chunks = _chunks()
+    with numba_chunks() as chunks:
         for start, width in tiles(batch):
             block, at = _block(wide, start, width)
             values_gradient_kernel(width)(*pattern.arrays, block, at, narrow, out, start, chunks)
@@ -84,8 +76,7 @@ def gradients(pattern: Pattern, values: Tensor, x: Tensor, grad: Tensor) -> tupl
     grad_x, by_columns = _new(pattern.shape[1], batch), _new(pattern.nnz)
     turned = _taken(_array(values), order)
     wide, narrow = _array(grad), _array(x)
-    with _one_at_a_time:
-        chunks = _chunks()
+    with numba_chunks() as chunks:
         for start, width in tiles(batch):
             block, at = _block(wide, start, width)
             gradients_kernel(width)(
@@ -98,8 +89,7 @@ def transposed(x: Tensor) -> Tensor:
     """[rows, columns] -> [columns, rows], both contiguous."""
     rows, columns = x.shape
     out = _new(columns, rows)
-    with _one_at_a_time:
-        _chunks()
+    with numba_chunks():
         transpose_kernel(_array(x), out)
     return torch.from_numpy(out)
 
@@ -107,16 +97,15 @@ def transposed(x: Tensor) -> Tensor:
 def places(ordered: Tensor, queries: Tensor) -> Tensor:
     """Where each query would be inserted; both int64, contiguous and ascending."""
     out = torch.empty_like(queries)
-    with _one_at_a_time:
-        places_kernel(ordered.numpy(), queries.numpy(), out.numpy(), _chunks())
+    with numba_chunks() as chunks:
+        places_kernel(ordered.numpy(), queries.numpy(), out.numpy(), chunks)
     return out
 
 
 def _multiply(
     pointers: Array, indices: Array, values: Array, x: Array, bias: Array, out: Array
 ) -> None:
-    with _one_at_a_time:
-        chunks = _chunks()
+    with numba_chunks() as chunks:
         if x.shape[1] == 1:
             vector_kernel()(pointers, indices, values, x, bias, out, chunks)
             return
@@ -144,8 +133,7 @@ def _block(x: Array, start: int, width: int) -> tuple[Array, int]:
 
 def _taken(source: Array, places: Array) -> Array:
     out = _new(places.size)
-    with _one_at_a_time:
-        _chunks()
+    with numba_chunks():
         take(source, places, out)
     return out
 
@@ -158,14 +146,3 @@ def _new(*shape: int) -> Array:
 def _array(tensor: Tensor) -> Array:
     array: Array = (tensor.detach() if tensor.requires_grad else tensor).numpy()
     return array
-
-
-def _chunks() -> int:
-    """Use as many threads as torch does; returns into how many chunks to cut the rows."""
-    number = min(torch.get_num_threads(), _MOST_THREADS)
-    if getattr(_local, "threads", None) != number:  # numba remembers it for each thread
-        before = torch.get_num_threads()
-        numba.set_num_threads(number)
-        torch.set_num_threads(before)  # numba's first call sets OpenMP's number for torch, too
-        _local.threads = number
-    return _CHUNKS_A_THREAD * number
