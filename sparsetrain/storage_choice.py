@@ -77,6 +77,8 @@ class StorageChoice:
             return CsrTarget(candidate.name, owner, built=True)
         self._owners[candidate.name] = owner
         if isinstance(policy, LearnedPolicy):
+            if self.storage != "masked":
+                self.why[candidate.name] = policy_needs_masked(policy)
             learned = policy.learned_mask(candidate, generator)
             return LearnedTarget(candidate.name, candidate.param, candidate.places, learned)
         kind = LatentTarget if policy.latent else MaskedTarget

@@ -31,8 +31,10 @@ class LearnedMask(nn.Module):
         self.sharing = sharing
 
     def forward(self, weight: Tensor) -> Tensor:
-        """The weight that the layer computes with."""
-        return self.sampled(weight) if self.training else self.evaluated(weight)
+        """The weight that the layer computes with, of the weight's own type."""
+        exact = weight.to(gate_dtype(weight))
+        masked = self.sampled(exact) if self.training else self.evaluated(exact)
+        return masked.to(weight.dtype)
 
     def sampled(self, weight: Tensor) -> Tensor:
         """The weight of a training pass."""
@@ -94,12 +96,22 @@ class LearnedMask(nn.Module):
         """Bring the gates back into their range, after the optimizer stepped."""
 
 
+def gate_dtype(weight: Tensor) -> torch.dtype:
+    """What gates of a weight are made of: no less than float32, whose steps they need."""
+    return torch.promote_types(weight.dtype, torch.float32)
+
+
+def gates_like(weight: Tensor, start: Tensor) -> Tensor:
+    """The start of gates, where the weight is."""
+    return start.to(device=weight.device, dtype=gate_dtype(weight))
+
+
 def accumulate(parameter: Parameter, gradient: Tensor, factor: float = 1.0) -> None:
     """Add `factor * gradient` to the gradient of a parameter, unless that is frozen."""
     if not parameter.requires_grad:
         return
     if parameter.grad is None:
-        parameter.grad = gradient * factor
+        parameter.grad = (gradient * factor).to(parameter.dtype)
     else:
         parameter.grad.add_(gradient, alpha=factor)
 

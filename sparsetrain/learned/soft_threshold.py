@@ -21,16 +21,15 @@ class SoftThresholdMask(LearnedMask):
 
     Args:
         sharing: of the thresholds: their shape broadcasts against the weight.
-        initial: value of s.
+        start: of s, of the thresholds' shape.
         curve: g, the sigmoid or the exponential function.
     """
 
     has_penalty: ClassVar[bool] = False
 
-    def __init__(self, sharing: Sharing, initial: float, curve: Curve, like: Tensor) -> None:
+    def __init__(self, sharing: Sharing, start: Tensor, curve: Curve) -> None:
         super().__init__(sharing)
         self.curve = curve
-        start = torch.full(sharing.gates, initial, dtype=like.dtype, device=like.device)
         self.threshold_logit = Parameter(start)
 
     def threshold(self) -> Tensor:

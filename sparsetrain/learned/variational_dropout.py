@@ -11,7 +11,7 @@ from torch.nn import Parameter
 from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
-from sparsetrain.learned.base import LearnedMask, keep_positive, put
+from sparsetrain.learned.base import LearnedMask, gate_dtype, keep_positive, put
 from sparsetrain.learned.moments import (
     CLIP,
     K1,
@@ -155,8 +155,8 @@ class _ActivationNoise:
             return None
         with torch.autocast(output.device.type, enabled=False):  # half precision has no 1e-8
             weight = module.parametrizations.weight.original
-            variance = self.mask.take_variance(weight)
-            x = args[0].to(weight.dtype)
+            variance = self.mask.take_variance(weight.to(gate_dtype(weight)))
+            x = args[0].to(variance.dtype)
             spread = torch.sqrt(_product(module, x * x, variance) + _UNDER_ROOT)
             return output + (spread * torch.randn_like(spread)).to(output.dtype)
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sparsetrain.candidates import Candidate
 from sparsetrain.learned import LearnedMask
+from sparsetrain.learned.base import gate_dtype, gates_like
 from sparsetrain.learned.gumbel_softmax import GumbelSoftmaxMask, PatternMask, patterns
 from sparsetrain.learned.sharing import Per, Sharing, share
 from sparsetrain.policies.group import TargetGroup
@@ -102,14 +103,15 @@ class GumbelSoftmax(LearnedPolicy):
         shape = tuple(weight.shape)
         self.structure.check(shape, candidate.name)
         if isinstance(self.structure, NM):
-            logits = self._pattern_logits(self.structure, weight, generator)
+            exact = weight.to(gate_dtype(weight))
+            logits = self._pattern_logits(self.structure, exact, generator)
             sharing = Sharing(shape, shape, shape)
             return PatternMask(self.structure, sharing, logits, hard=self.hard)
         per = self.structure if isinstance(self.structure, Block) else self.per
         sharing = share(per, shape, transposed=candidate.is_transposed)
         rate = torch.tensor(self.keep_rate, dtype=torch.float64)
-        logit = torch.full(sharing.gates, float(torch.logit(rate))).to(weight)
-        return GumbelSoftmaxMask(sharing, logit, hard=self.hard)
+        logit = torch.full(sharing.gates, float(torch.logit(rate)))
+        return GumbelSoftmaxMask(sharing, gates_like(weight, logit), hard=self.hard)
 
     def _pattern_logits(self, structure: NM, weight: Tensor, generator: torch.Generator) -> Tensor:
         groups = structure.units(weight.abs())

@@ -9,6 +9,7 @@ import torch
 from pydantic import Field, model_validator
 
 from sparsetrain.candidates import Candidate
+from sparsetrain.learned.base import gates_like
 from sparsetrain.learned.hard_concrete import HardConcreteMask
 from sparsetrain.learned.sharing import Per, share
 from sparsetrain.policies.learned import LearnedPolicy
@@ -57,5 +58,5 @@ class HardConcrete(LearnedPolicy):
         start += math.log((1 - self.drop_rate) / self.drop_rate)
         side = None if self.per == "weight" else self.per
         return HardConcreteMask(
-            sharing, start.to(weight), sampling=self.sampling, side=side, l2=self.l2
+            sharing, gates_like(weight, start), sampling=self.sampling, side=side, l2=self.l2
         )

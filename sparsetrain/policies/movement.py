@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sparsetrain.allocation import AllocationField, Global, Uniform
 from sparsetrain.candidates import Candidate
+from sparsetrain.learned.base import gates_like
 from sparsetrain.learned.movement import ScoresAboveMask, TopScoresMask
 from sparsetrain.learned.sharing import share
 from sparsetrain.policies.control import Budget
@@ -61,7 +62,7 @@ class Movement(LearnedPolicy):
         shape = tuple(weight.shape)
         self.structure.check(shape, candidate.name)
         sharing = share(self.structure if isinstance(self.structure, Block) else "weight", shape)
-        scores = weight.new_zeros(sharing.gates)
+        scores = gates_like(weight, torch.zeros(sharing.gates))
         made: type[TopScoresMask | ScoresAboveMask]
         made = TopScoresMask if self.mode == "top_k" else ScoresAboveMask
         return made(sharing, scores)

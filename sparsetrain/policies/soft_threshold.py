@@ -12,6 +12,7 @@ from pydantic import Field
 from torch import Tensor
 
 from sparsetrain.candidates import Candidate
+from sparsetrain.learned.base import gates_like
 from sparsetrain.learned.sharing import Sharing, share
 from sparsetrain.learned.soft_threshold import SoftThresholdMask
 from sparsetrain.policies.control import Budget
@@ -49,7 +50,8 @@ class SoftThreshold(LearnedPolicy):
         else:
             gates = (1,) * len(shape)
         sharing = Sharing(shape, shape, gates)
-        return SoftThresholdMask(sharing, self.initial, self.curve, candidate.param.detach())
+        start = gates_like(candidate.param, torch.full(gates, self.initial))
+        return SoftThresholdMask(sharing, start, self.curve)
 
     def group_options(self, options: dict[str, Any]) -> dict[str, Any]:
         """The weights' own learning rate, as in the paper; decay by `strength`."""

@@ -8,6 +8,7 @@ import torch
 from pydantic import Field
 
 from sparsetrain.candidates import Candidate
+from sparsetrain.learned.base import gates_like
 from sparsetrain.learned.sharing import share
 from sparsetrain.learned.variational_dropout import VariationalDropoutMask
 from sparsetrain.policies.control import Budget, Steering
@@ -65,7 +66,7 @@ class VariationalDropout(LearnedPolicy):
         weight = candidate.param.detach()
         return VariationalDropoutMask(
             share("weight", tuple(weight.shape)),
-            torch.full_like(weight, self.log_sigma2),
+            gates_like(weight, torch.full(weight.shape, self.log_sigma2)),
             threshold=self.threshold,
             local=self.local and candidate.runs_forward and not candidate.is_transposed,
             clip=self.clip,

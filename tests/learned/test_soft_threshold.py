@@ -23,7 +23,7 @@ cases = pytest.mark.parametrize(
 
 
 def mask_of(s: Tensor, curve: Curve, shape: tuple[int, ...] = SHAPE) -> SoftThresholdMask:
-    mask = SoftThresholdMask(Sharing(shape, shape, tuple(s.shape)), 0.0, curve, s)
+    mask = SoftThresholdMask(Sharing(shape, shape, tuple(s.shape)), torch.zeros_like(s), curve)
     mask.threshold_logit.data.copy_(s)
     return mask
 

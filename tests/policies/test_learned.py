@@ -11,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as some
 from learned_runs import ALL, NATIVE, STEERED, STEPS, answers, train, wrap
 from runs import SmallNet, batch, same, weights
-from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
@@ -176,10 +175,9 @@ def test_gates_take_steps_of_one_size_under_any_optimizer(optimizer: str) -> Non
     before = gate.detach().clone()
     train(model, wrapped, 0, 1)
     moved = (gate.detach() - before).abs()
-    used = moved > 0
     lr = wrapped.param_groups[1]["lr"]
-    torch.testing.assert_close(moved[used], torch.full_like(moved[used], lr), rtol=1e-3, atol=0)
-    assert used.float().mean() > 0.9
+    assert (moved > 0.9 * lr).float().mean() > 0.9
+    assert moved.max() < 1.01 * lr
     assert (gate.grad.abs().max() == 1.0) == (optimizer == "sgd")
 
 
@@ -228,56 +226,3 @@ def test_each_layer_gets_its_share() -> None:
     for (name, target), share in zip(optimizer.targets.items(), shares.values(), strict=True):
         assert target.active == round(share * target.numel), name
     assert optimizer.summary().rows[1].target_density == pytest.approx(0.1, abs=0.01)
-
-
-class Tied(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.first = nn.Linear(8, 8)
-        self.second = nn.Linear(8, 8)
-        self.second.weight = self.first.weight
-        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.second(torch.relu(self.first(x)))
-        return self.attention(x, x, x)[0]
-
-
-@pytest.mark.parametrize("name", ALL)
-def test_tied_weights_and_attention(name: str) -> None:
-    policy = ALL[name]
-    model = Tied()
-    base = torch.optim.AdamW(model.parameters(), lr=0.01)
-    if getattr(policy, "sampling", "") == "example":
-        with pytest.raises(ValueError, match=r"attention\.\w+.*plain Linear"):
-            st.SparseOptimizer(base, model, policy)
-        return
-    optimizer = st.SparseOptimizer(base, model, policy)
-    assert set(optimizer.targets) == {
-        "first.weight",
-        "attention.in_proj_weight",
-        "attention.out_proj.weight",
-    }
-    for step in range(6):
-        torch.manual_seed(step)
-        optimizer.zero_grad()
-        model(torch.randn(4, 3, 8)).square().mean().backward()
-        optimizer.step()
-    model.eval()
-    x = torch.randn(4, 3, 8)
-    before = model(x)
-    optimizer.finalize()
-    torch.testing.assert_close(model(x), before, rtol=0, atol=1e-6)
-    assert model.second.weight is model.first.weight
-
-
-@pytest.mark.parametrize("name", ["variational_dropout", "weight_noise"])
-def test_noise_reaches_attention(name: str) -> None:
-    model = Tied()
-    st.SparseOptimizer(torch.optim.AdamW(model.parameters()), model, NATIVE[name])
-    x = torch.randn(4, 3, 8)
-    for part in (model.attention.out_proj, model.attention):
-        learned = part.parametrizations.values().__iter__().__next__()[0]
-        learned.log_sigma2.data.fill_(0.0)
-        assert not torch.allclose(model(x), model(x), atol=1e-3)
-        learned.log_sigma2.data.fill_(-30.0)
