@@ -55,7 +55,7 @@ def test_recipe_is_valid(snippet: Snippet) -> None:
 
 def test_every_method_has_a_page() -> None:
     """A page a policy module; `set` is `st.SET`, and so on."""
-    helpers = {"__init__", "base", "engine", "group"}
+    helpers = {"__init__", "base", "control", "engine", "group", "learned"}
     modules = {path.stem for path in (ROOT / "sparsetrain" / "policies").glob("*.py")} - helpers
     renamed = {"surgery": "dynamic_network_surgery"}
     pages = {path.stem for path in (ROOT / "docs" / "methods").glob("*.md")}

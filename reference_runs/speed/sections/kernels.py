@@ -124,8 +124,8 @@ def misses(rows: list[Record]) -> list[str]:
             if "next" in measured and measured["next_over_chosen"]["ratio"] < 1 / TOLERANCE:
                 slower = 1 / measured["next_over_chosen"]["ratio"]
                 found.append(
-                    f"{label}, {where}: {measured['chosen']} takes {slower:.2f} times as long as "
-                    f"{measured['next']}"
+                    f"{label}, {where}: the choice takes {slower:.2f} times as long as "
+                    f"{measured['next']} alone"
                 )
             if "of_torch" in measured and measured["of_torch"]["ratio"] < 1 / TOLERANCE:
                 slower = 1 / measured["of_torch"]["ratio"]
