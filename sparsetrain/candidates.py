@@ -152,6 +152,11 @@ def find_candidates(model: nn.Module) -> list[Candidate]:
     return list(found.values())
 
 
+def plain_name(name: str) -> str:
+    """The name of a weight without the parametrization that it is behind."""
+    return re.sub(r"parametrizations\.(\w+)\.original$", r"\1", name)
+
+
 def _is_product_weight(module: nn.Module, leaf: str) -> bool:
     if isinstance(module, nn.MultiheadAttention):
         return leaf in _ATTENTION_WEIGHTS

@@ -5,14 +5,17 @@ from __future__ import annotations
 import pickle
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from sparsetrain import checkpoint
+from sparsetrain.candidates import plain_name
 from sparsetrain.storage import container, files
 
 if TYPE_CHECKING:
@@ -120,8 +123,10 @@ def inspect_checkpoint(path: str | Path, *, everything: bool = False) -> Checkpo
     to be read, or holds no such tensor. Nothing in the file is ever executed.
     """
     path = Path(path)
-    named = list(_tensors(_read(path), "", everything))
+    content = _read(path)
+    named = list(_tensors(content, "", everything))
     infos = tuple(_info(name, tensor) for name, tensor in named if everything or _is_weight(tensor))
+    infos = _behind_masks(infos, _learned_masks(content), everything)
     if not infos:
         raise ValueError(
             f"{path} holds no {'tensor' if everything else 'weight of two or more dimensions'} "
@@ -190,6 +195,38 @@ def _tensors(
         return
     for key, inner in items:
         yield from _tensors(inner, f"{name}.{key}" if name else str(key), everything, around)
+
+
+def _learned_masks(value: Any) -> dict[str, int]:
+    """Name -> weights that evaluation keeps, from the optimizer's part of a checkpoint."""
+    if not isinstance(value, Mapping):
+        return {}
+    saved = value.get(checkpoint.KEY)
+    if isinstance(saved, Mapping) and isinstance(saved.get("targets"), Mapping):
+        return {
+            name: int(torch.from_numpy(np.bitwise_count(entry["mask"].numpy())).sum())
+            for name, entry in saved["targets"].items()
+            if checkpoint.storage_of(entry) == "learned"
+        }
+    found: dict[str, int] = {}
+    for inner in value.values():
+        found |= _learned_masks(inner)
+    return found
+
+
+def _behind_masks(
+    infos: tuple[TensorInfo, ...], kept: Mapping[str, int], everything: bool
+) -> tuple[TensorInfo, ...]:
+    """Weights behind learned masks by their plain names, with the non-zeros of evaluation."""
+    found = []
+    for info in infos:
+        name = plain_name(info.name)
+        count = next((n for key, n in kept.items() if f".{name}".endswith(f".{key}")), None)
+        if name != info.name and count is not None:
+            found.append(replace(info, name=name, nonzeros=count))
+        elif everything or ".parametrizations." not in info.name or not kept:
+            found.append(info)
+    return tuple(found)
 
 
 def _is_weight(tensor: Tensor) -> bool:

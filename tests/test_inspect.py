@@ -126,3 +126,18 @@ def test_compact_files_show_the_weights_that_they_stand_for(tmp_path: Path) -> N
     st.storage.save(model, tmp_path / "small.safetensors")
     (weight,) = inspect_checkpoint(tmp_path / "small.safetensors").tensors
     assert (weight.name, weight.shape, weight.nonzeros) == ("0.weight", (20, 30), 60)
+
+
+def test_weights_behind_learned_masks_count_as_evaluation_does(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 2))
+    policy = st.HardConcrete(strength=0.1)
+    optimizer = st.SparseOptimizer(torch.optim.Adam(model.parameters()), model, policy)
+    model[0].parametrizations.weight[0].log_alpha.data[1:] = -5.0
+    path = tmp_path / "run.pt"
+    torch.save({"run": {"model": model.state_dict(), "opt": optimizer.state_dict()}}, path)
+    info = inspect_checkpoint(path)
+    assert [(t.name, t.nonzeros) for t in info.tensors] == [
+        ("run.model.0.weight", 6),
+        ("run.model.1.weight", 8),
+    ]
+    assert any("log_alpha" in t.name for t in inspect_checkpoint(path, everything=True).tensors)

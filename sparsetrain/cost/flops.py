@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
-from sparsetrain.candidates import find_candidates
+from sparsetrain.candidates import find_candidates, plain_name
 from sparsetrain.storage.csr.layers import SparseLayer
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ def flops(model: nn.Module, example_inputs: Any) -> FlopsReport:
         ValueError: the model uses no Linear, Conv or attention layer on these inputs.
     """
     inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
-    names = {id(c.param): c.name for c in find_candidates(model)}
+    names = {id(c.param): plain_name(c.name) for c in find_candidates(model)}
     counts: dict[str, float] = {}
 
     def add(weight: Tensor | None, amount: float) -> None:
@@ -141,16 +142,26 @@ def _counter(module: nn.Module, add: Any) -> Any:
         # Each output element is a product with one row.
         return lambda m, args, kwargs, out: add(m.values, 2.0 * out.numel() * m.pattern.shape[1])
     if isinstance(module, nn.Linear):
-        return lambda m, args, kwargs, out: add(m.weight, 2.0 * out.numel() * m.in_features)
+        return lambda m, args, kwargs, out: add(_held(m), 2.0 * out.numel() * m.in_features)
     if isinstance(module, _CONVOLUTIONS):
         # Each output element is a product with one filter.
-        return lambda m, args, kwargs, out: add(m.weight, 2.0 * out.numel() * m.weight[0].numel())
+        return lambda m, args, kwargs, out: add(_held(m), 2.0 * out.numel() * _held(m)[0].numel())
     if isinstance(module, _TRANSPOSED):
         # Each input element is a product with one filter.
         return lambda m, args, kwargs, out: add(
-            m.weight, 2.0 * _first(args, kwargs).numel() * m.weight[0].numel()
+            _held(m), 2.0 * _first(args, kwargs).numel() * _held(m)[0].numel()
         )
     return None
+
+
+def _held(module: nn.Module, leaf: str = "weight") -> Tensor:
+    """The parameter that a layer holds, also behind a learned mask."""
+    if parametrize.is_parametrized(module, leaf):
+        lists: Any = module.parametrizations
+        if hasattr(lists[leaf], "original"):  # a weight made of several parts has other names
+            module, leaf = lists[leaf], "original"
+    held: Tensor = getattr(module, leaf)
+    return held
 
 
 def _count_attention(
@@ -160,16 +171,14 @@ def _count_attention(
     tokens = {k: given[k].numel() // given[k].shape[-1] for k in ("query", "key", "value")}
     if module._qkv_same_embed_dim:
         width = module.embed_dim
-        add(module.in_proj_weight, 2.0 * width * width * sum(tokens.values()))
+        add(_held(module, "in_proj_weight"), 2.0 * width * width * sum(tokens.values()))
     else:
-        for key, weight in (
-            ("query", module.q_proj_weight),
-            ("key", module.k_proj_weight),
-            ("value", module.v_proj_weight),
-        ):
+        for key in ("query", "key", "value"):
+            weight = _held(module, f"{key[0]}_proj_weight")
             add(weight, 2.0 * weight.numel() * tokens[key])
     # The output projection is applied without calling its module.
-    add(module.out_proj.weight, 2.0 * module.out_proj.weight.numel() * tokens["query"])
+    weight = _held(module.out_proj)
+    add(weight, 2.0 * weight.numel() * tokens["query"])
 
 
 def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

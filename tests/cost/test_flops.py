@@ -254,3 +254,24 @@ def test_a_layer_made_sparse_later_was_not_free_before() -> None:
     now, mean, _ = optimizer.density_history("head.weight")
     assert now == 0.5
     assert now <= mean <= 1
+
+
+def test_behind_learned_masks() -> None:
+    """Names are those of the plain model; training is dense, inference has what is kept."""
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(4 * 36, 10))
+    attention = nn.MultiheadAttention(8, 2)
+    x, tokens = torch.randn(2, 1, 8, 8), torch.randn(3, 1, 8)
+    dense = st.cost.flops(model, x).layers
+    of_attention = st.cost.flops(attention, (tokens, tokens, tokens)).layers
+    policy = st.HardConcrete(strength=0.1)
+    st.SparseOptimizer(torch.optim.Adam(attention.parameters()), attention, policy)
+    assert st.cost.flops(attention, (tokens, tokens, tokens)).layers == of_attention
+    optimizer = st.SparseOptimizer(torch.optim.Adam(model.parameters()), model, policy)
+    assert st.cost.flops(model, x).layers == dense
+    model[2].parametrizations.weight[0].log_alpha.data[:5] = -9.0
+    model(x).sum().backward()
+    optimizer.step()
+    counted = st.cost.training_flops(optimizer, model, x)
+    assert counted.training_multiple == 1.0
+    share = (dense["0.weight"] + dense["2.weight"] / 2) / sum(dense.values())
+    assert counted.inference_multiple == pytest.approx(share)
