@@ -90,7 +90,7 @@ METHODS: dict[str, Method] = {
     "hard_concrete": Method("Hard concrete (L0)", _hard_concrete),
     "gumbel_softmax": Method("Gumbel-softmax", _gumbel_softmax),
     "variational_dropout": Method(
-        "Variational dropout", _variational_dropout, optimizer=adam, longer=3
+        "Variational dropout", _variational_dropout, optimizer=adam, longer=2
     ),
     "movement": Method("Movement, top-k", _movement),
     "soft_movement": Method("Movement, threshold", _soft_movement),

@@ -9,6 +9,7 @@ where it was stopped. See the README beside this file.
 from __future__ import annotations
 
 import argparse
+import json
 from collections import defaultdict
 from collections.abc import Sequence
 from functools import cache
@@ -19,14 +20,19 @@ import torch
 
 import sparsetrain as st
 from reference_runs import _common as common
+from reference_runs.learned_masks_fashion_mnist import mnist
 from reference_runs.learned_masks_fashion_mnist.methods import LEARNED, METHODS
 from sparsetrain.workbench import Dataset, Trainer, build, load
 
 HERE = Path(__file__).parent
 SPARSITIES = (0.90, 0.95, 0.965, 0.98, 0.99)
+#: The two that are held against dense training at 4 % of the weights.
+AT_965 = ("hard_concrete", "variational_dropout")
 NETWORKS = {"lenet_300_100": "LeNet-300-100", "lenet_5": "LeNet-5"}
 EPOCHS = {"lenet_300_100": 20, "lenet_5": 6}
 BATCH = 100
+#: Methods whose runs on LeNet-300-100 `lenet_fashion_mnist` has, and their names there.
+FOUNDATION = {"dense": "dense", "static": "static_erk", "rigl": "rigl", "gradual": "gradual"}
 
 
 @cache
@@ -95,6 +101,8 @@ def jobs_of(
             for method in methods:
                 epochs = EPOCHS[network] * METHODS[method].longer
                 for sparsity in (0.0,) if method == "dense" else sparsities:
+                    if sparsity == 0.965 and method not in AT_965:
+                        continue
                     jobs.append(
                         {
                             "key": f"{network}-{method}-{sparsity}-{seed}",
@@ -106,6 +114,35 @@ def jobs_of(
                         }
                     )
     return jobs
+
+
+def foundation(runs: Sequence[common.Record]) -> list[common.Record]:
+    """Runs of LeNet-300-100 in `lenet_fashion_mnist`, of methods that have none among `runs`.
+
+    The recipe is the same: data, batches, SGD, cosine and epochs. Only sparsities of this grid.
+    """
+    here = {run["method"] for run in runs if run["network"] == "lenet_300_100"}
+    names = {name: method for method, name in FOUNDATION.items() if method not in here}
+    path = HERE.parent / "lenet_fashion_mnist" / "results.json"
+    found = json.loads(path.read_text(encoding="utf-8"))
+    epochs = found["settings"]["epochs"]
+    if epochs != EPOCHS["lenet_300_100"]:
+        raise ValueError(f"the runs in {path.parent.name} have {epochs} epochs: not comparable")
+    return [
+        {
+            "network": "lenet_300_100",
+            "method": names[run["method"]],
+            "asked": run["sparsity"],
+            "sparsity": run["sparsity"],
+            "seed": run["seed"],
+            "epochs": epochs,
+            "test_error": run["test_error"],
+            "densities": run["densities"] or {},
+            "from": path.parent.name,
+        }
+        for run in found["runs"]
+        if run["method"] in names and run["sparsity"] in (0.0, *SPARSITIES)
+    ]
 
 
 def summarise(runs: list[common.Record]) -> list[common.Record]:
@@ -130,25 +167,34 @@ def summarise(runs: list[common.Record]) -> list[common.Record]:
                 "test_error": round(common.mean(errors), 3),
                 "standard_error": round(common.standard_error(errors), 3),
                 "largest_miss": round(max(misses), 3),
+                "kept": round(1 - common.mean([run["sparsity"] for run in mine]), 5),
                 "densities": layers,
+                "from": mine[0].get("from"),
             }
         )
     return rows
 
 
+def label_of(row: common.Record) -> str:
+    """A method's name, with a star where its runs are not from here."""
+    return METHODS[row["method"]].label + (r" \*" if row["from"] else "")
+
+
 def table_of(rows: list[common.Record], network: str) -> str:
-    """Errors of one network: a row a method, a column a sparsity."""
+    """Errors of one network: a row a method, a column a sparsity that was asked for."""
     mine = {(row["method"], row["asked"]): row for row in rows if row["network"] == network}
+    columns = [s for s in SPARSITIES if any(asked == s for _, asked in mine)]
     lines = []
-    for method, about in METHODS.items():
-        cells = []
-        for sparsity in SPARSITIES:
-            row = mine.get((method, 0.0 if method == "dense" else sparsity))
-            error = row and f"{row['test_error']:.2f} ± {row['standard_error']:.2f}"
-            cells.append(error or "")
-        if any(cells):
-            lines.append([about.label, *cells])
-    return common.markdown_table(["", *(f"{100 * s:g} %" for s in SPARSITIES)], lines)
+    for method in METHODS:
+        found = [mine.get((method, 0.0 if method == "dense" else s)) for s in columns]
+        named = next((row for row in found if row), None)
+        if named:
+            cells = [
+                f"{row['test_error']:.2f} ± {row['standard_error']:.2f}" if row else ""
+                for row in found
+            ]
+            lines.append([label_of(named), *cells])
+    return common.markdown_table(["", *(f"{100 * s:g} %" for s in columns)], lines)
 
 
 def layers_of(rows: list[common.Record], network: str, asked: float) -> str:
@@ -156,7 +202,7 @@ def layers_of(rows: list[common.Record], network: str, asked: float) -> str:
     mine = [r for r in rows if r["network"] == network and r["asked"] == asked]
     names = list(mine[0]["densities"]) if mine else []
     lines = [
-        [METHODS[row["method"]].label, *(f"{100 * row['densities'][n]:.2f}" for n in names)]
+        [label_of(row), *(f"{100 * row['densities'][n]:.2f}" for n in names)]
         for row in sorted(mine, key=lambda row: list(METHODS).index(row["method"]))
     ]
     return common.markdown_table(["kept [%]", *names], lines)
@@ -164,6 +210,7 @@ def layers_of(rows: list[common.Record], network: str, asked: float) -> str:
 
 def write(runs: list[common.Record]) -> None:
     """results.json and the tables of the README."""
+    runs = [*runs, *foundation(runs)]
     rows = summarise(runs)
     common.write_json(
         HERE / "results.json", {"machine": common.machine(), "table": rows, "runs": runs}
@@ -172,16 +219,25 @@ def write(runs: list[common.Record]) -> None:
     for network, label in NETWORKS.items():
         if not any(row["network"] == network for row in rows):
             continue
-        parts += [f"{label}, test error [%], mean ± standard error, {EPOCHS[network]} epochs:", ""]
+        longest = EPOCHS[network] * METHODS["variational_dropout"].longer
+        epochs = f"{EPOCHS[network]} epochs (variational dropout {longest})"
+        parts += [f"{label}, test error [%], mean ± standard error, {epochs}:", ""]
         parts += [table_of(rows, network), ""]
         parts += [f"{label}, what is left of each layer at 95 %:", ""]
         parts += [layers_of(rows, network, 0.95), ""]
-    worst = max((r for r in rows if r["method"] in LEARNED), key=lambda r: r["largest_miss"])
-    parts.append(
-        f"Of all {sum(r['seeds'] for r in rows if r['method'] in LEARNED)} runs with learned masks "
-        f"the one farthest from the sparsity it was asked for missed it by "
-        f"{worst['largest_miss']:.2f} percentage points."
-    )
+    if any(row["from"] for row in rows):
+        parts += [
+            r"\* from [`lenet_fashion_mnist`](../lenet_fashion_mnist/README.md), the same recipe "
+            "on the same network.",
+            "",
+        ]
+    learned = [row for row in rows if row["method"] in LEARNED]
+    if learned:
+        parts.append(
+            f"Of all {sum(row['seeds'] for row in learned)} runs with learned masks the one "
+            "farthest from the sparsity it was asked for missed it by "
+            f"{max(row['largest_miss'] for row in learned):.2f} percentage points."
+        )
     common.put_into(HERE / "README.md", "\n".join(parts))
 
 
@@ -194,7 +250,11 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
     parser.add_argument("--sparsities", nargs="+", type=float, default=list(SPARSITIES))
     parser.add_argument("--only-write", action="store_true", help="tables of the finished runs")
+    parser.add_argument("--mnist", action="store_true", help="the runs of mnist.py, nothing else")
     arguments = parser.parse_args()
+    if arguments.mnist:
+        mnist.run(arguments.workers, arguments.seeds, only_write=arguments.only_write)
+        return
     log = common.ResultLog(HERE / "results.jsonl")
     if not arguments.only_write:
         data()

@@ -1,7 +1,7 @@
 """What a training step costs with learned masks: ours and a naive one against dense training.
 
-    python -m reference_runs.speed.learned_masks            # about 15 minutes
-    python -m reference_runs.speed.learned_masks --quick    # a few seconds; writes nothing
+    python -m reference_runs.speed.learned_masks            # about 25 minutes
+    python -m reference_runs.speed.learned_masks --quick    # few steps; writes nothing
 
 from the repository's root, on a machine that does nothing else. See the README beside this file.
 """
@@ -25,9 +25,8 @@ from reference_runs.speed.learned_loops import (
     Dense,
     Naive,
     Ours,
-    check_same,
-    check_steps,
 )
+from reference_runs.speed.learned_same import check_same, check_steps
 from reference_runs.speed.run import interleaved, ratio
 
 HERE = Path(__file__).parent
@@ -122,6 +121,10 @@ def _quartiles(value: common.Record) -> str:
     return f"{low:.2f} to {high:.2f}"
 
 
+def _cell(row: common.Record) -> tuple[str, str, int]:
+    return row["network"], row["optimizer"], row["threads"]
+
+
 def _order(row: common.Record) -> tuple[int, int, int]:
     optimizer = list(OPTIMIZERS).index(row["optimizer"])
     return list(CASES).index(row["method"]), optimizer, row["threads"]
@@ -134,23 +137,23 @@ def main() -> None:
     parser.add_argument("--optimizers", nargs="+", default=list(OPTIMIZERS), choices=OPTIMIZERS)
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--seconds", type=float, default=0.2, help="of a round, for each contender")
-    parser.add_argument("--settle", type=int, default=600, help="steps before anything is timed")
+    parser.add_argument("--seconds", type=float, default=0.3, help="of a round, for each contender")
+    parser.add_argument("--settle", type=int, default=400, help="steps before anything is timed")
     parser.add_argument("--quick", action="store_true", help="few steps; writes nothing")
     parser.add_argument("--only-write", action="store_true", help="tables of the last run")
     arguments = parser.parse_args()
     if arguments.quick:
-        arguments.rounds, arguments.seconds, arguments.settle = 3, 0.02, 100
+        arguments.rounds, arguments.seconds, arguments.settle = 3, 0.02, 60
     # Momenta of what is dropped decay into denormal numbers, on which a CPU is many times slower.
     torch.set_flush_denormal(True)
     rows: list[common.Record] = []
-    if arguments.only_write:
+    if RESULTS.exists() and not arguments.quick:
         rows = json.loads(RESULTS.read_text(encoding="utf-8"))["steps"]
-    else:
+    if not arguments.only_write:
         check_steps()
         for network in arguments.networks:
             for optimizer in arguments.optimizers:
-                rows += measure(
+                new = measure(
                     network,
                     optimizer,
                     arguments.threads,
@@ -158,6 +161,8 @@ def main() -> None:
                     arguments.rounds,
                     arguments.seconds,
                 )
+                replaced = {_cell(row) for row in new}
+                rows = [row for row in rows if _cell(row) not in replaced] + new
                 if not arguments.quick:
                     common.write_json(RESULTS, {"machine": common.machine(), "steps": rows})
     common.console.print(tables(rows), soft_wrap=True, markup=False)

@@ -15,6 +15,7 @@ from sparsetrain.learned.sharing import Sharing
 from sparsetrain.structures import NM
 
 _LEAST_UNIFORM = 1e-10
+_HIGHEST_ODDS = 6.0
 
 
 class _Annealed(LearnedMask):
@@ -74,6 +75,11 @@ class GumbelSoftmaxMask(_Annealed):
         kept = torch.sigmoid(self.logit.detach() * self.scale)
         slope = kept.sub_(kept * kept).mul_(self.scale)
         accumulate(self.logit, slope, strength * self.sharing.size)
+
+    def constrain(self) -> None:
+        """Log-odds of at most 6, beyond which a gate has hardly any gradient to come back by."""
+        bound = _HIGHEST_ODDS / self.scale
+        self.logit.data.clamp_(-bound, bound)
 
     def margins(self, weight: Tensor) -> Tensor:
         """The logits themselves."""

@@ -83,8 +83,9 @@ class ScoresAboveMask(_Scored):
 
     def add_penalty_gradient(self, weight: Parameter, strength: float) -> None:
         """In closed form."""
-        share = torch.sigmoid(self.scores.detach())
-        accumulate(self.scores, share.sub_(share * share), strength * self.sharing.size)
+        scores = self.scores.detach()
+        slope = torch.sigmoid(scores).mul_(torch.sigmoid(-scores))  # exact for large scores, too
+        accumulate(self.scores, slope, strength * self.sharing.size)
 
     def margins(self, weight: Tensor) -> Tensor:
         """Scores above the logit of the threshold."""

@@ -20,8 +20,10 @@ from torch import Tensor
 
 from sparsetrain.storage.learned import LearnedTarget
 
-#: Share of weights by which the count may differ before gates are put across the border.
-TOLERANCE = 0.0025
+#: By how much the count may differ before gates are put across the border: a share of all weights,
+#: and a share of those to keep, whichever is less.
+_OF_ALL = 0.0025
+_OF_KEPT = 0.05
 
 
 @dataclass(frozen=True)
@@ -35,8 +37,8 @@ class Steering:
     """
 
     start: float = 0.01
-    gain: float = 100.0
-    damping: float = 10.0
+    gain: float = 50.0
+    damping: float = 30.0
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,11 @@ class Budget:
     def numel(self) -> int:
         """Weights of the targets."""
         return sum(target.numel for target in self.targets)
+
+    @property
+    def tolerance(self) -> float:
+        """Weights by which the count may differ at the end."""
+        return min(_OF_ALL * self.numel, _OF_KEPT * self.keep)
 
     def rising(self, share: float) -> float:
         """Weights to keep when this share of the final sparsity should be reached."""
@@ -76,18 +83,25 @@ def first_strength(steering: Steering, loss_pull: float, penalty_pull: float) ->
 
 
 def next_strength(
-    steering: Steering, memory: dict[str, Any], key: str, error: float, updates: float
+    steering: Steering,
+    memory: dict[str, Any],
+    key: str,
+    error: float,
+    updates: float,
+    corrected: bool,
 ) -> None:
     """Change the multiplier after an update.
 
     Args:
         error: log of kept over wanted weights.
         updates: in the whole ramp.
+        corrected: whether gates are put across the border, so that the error is gone.
     """
     step = steering.gain / updates * min(max(error, -1.0), 1.0)
     integral = memory[f"{key}.integral"] + step
     memory[f"{key}.integral"] = integral
-    memory[f"{key}.strength"] = math.exp(min(integral + steering.damping * error, 80.0))
+    damping = 0.0 if corrected else steering.damping * error
+    memory[f"{key}.strength"] = math.exp(min(integral + damping, 80.0))
 
 
 def nearest_gates(targets: Sequence[LearnedTarget], surplus: int) -> Mapping[str, Tensor]:

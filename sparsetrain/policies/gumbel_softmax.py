@@ -48,7 +48,7 @@ class GumbelSoftmax(LearnedPolicy):
     scale: LinearSchedule | None = Field(
         None,
         description="what logits are multiplied with before the noise, so that choices harden; "
-        "null: 1 to 10, and for n:m 100 to 500 (MaskLLM)",
+        "null: 1 to 5, and for n:m 100 to 500 (MaskLLM)",
     )
     prior: float = Field(
         3.0,
@@ -86,7 +86,7 @@ class GumbelSoftmax(LearnedPolicy):
     def _scale(self) -> Schedule:
         if self.scale is not None:
             return self.scale
-        first, last = (100.0, 500.0) if isinstance(self.structure, NM) else (1.0, 10.0)
+        first, last = (100.0, 500.0) if isinstance(self.structure, NM) else (1.0, 5.0)
         return Schedule(shape="linear", initial=first, final=last)
 
     def target_densities(self, group: TargetGroup) -> dict[str, float]:

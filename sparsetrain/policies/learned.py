@@ -16,7 +16,6 @@ from sparsetrain.candidates import Candidate
 from sparsetrain.learned import LearnedMask
 from sparsetrain.policies.base import Policy
 from sparsetrain.policies.control import (
-    TOLERANCE,
     Budget,
     Steering,
     first_strength,
@@ -32,6 +31,7 @@ from sparsetrain.structures import Structure, Unstructured
 
 _MEMORY_OF_SQUARES = 0.99
 _TINY = 1e-30
+_LARGEST_LR = 0.5
 _RAMP = Schedule(shape="cubic", initial=0.0, final=1.0)
 
 
@@ -135,10 +135,10 @@ class LearnedPolicy(Policy):
         return own
 
     def _default_lr(self, options: dict[str, Any]) -> float:
-        # A gate has to be able to cross its range several times over; at the 120,000 steps of the
-        # papers that is the 1e-3 which they use.
+        # A gate has to be able to cross its range many times over, also while the learning rate
+        # falls; else many gates end undecided. The papers' 1e-3 is for 120,000 steps.
         steps = self.total_steps or 100_000
-        return 100.0 / steps * (1 - float(options.get("momentum", 0.0)))
+        return min(300.0 / steps, _LARGEST_LR) * (1 - float(options.get("momentum", 0.0)))
 
     # Counts.
 
@@ -277,15 +277,20 @@ class LearnedPolicy(Policy):
     ) -> dict[str, Callable[[], None]]:
         wanted = self.wanted(budget, step)
         active = sum(target.active for target in budget.targets)
+        moves = self._moves_due(budget, active - budget.keep, step)
         if f"{budget.key}.strength" in group.memory:
             error = math.log(max(active, 1) / wanted)
-            next_strength(self.steering, group.memory, budget.key, error, self._updates_in_ramp())
+            updates = self._updates_in_ramp()
+            next_strength(self.steering, group.memory, budget.key, error, updates, bool(moves))
+        return moves
+
+    def _moves_due(self, budget: Budget, surplus: int, step: int) -> dict[str, Callable[[], None]]:
+        """What brings the count to the budget's when the ramp is over and it is too far off."""
         assert self.total_steps is not None
         if step < self._end_of_ramp():
             return {}
         is_last = step >= self.total_steps - 1
-        allowed = 0 if self.exact and is_last else TOLERANCE * budget.numel
-        surplus = active - budget.keep
+        allowed = 0 if self.exact and is_last else budget.tolerance
         return self.moves(budget, surplus) if abs(surplus) > allowed else {}
 
     def moves(self, budget: Budget, surplus: int) -> dict[str, Callable[[], None]]:

@@ -159,7 +159,7 @@ def test_gates_are_a_group_of_their_own() -> None:
     _, gates = base.param_groups
     assert len(gates["params"]) == 3
     assert gates["weight_decay"] == 0.0 and gates["betas"] == (0.8, 0.9)
-    assert gates["lr"] == pytest.approx(0.1)
+    assert gates["lr"] == pytest.approx(0.3)
     decayed = st.SoftThreshold(strength=0.3)
     other = SmallNet()
     base = torch.optim.AdamW(other.parameters(), lr=0.01, weight_decay=0.1)
