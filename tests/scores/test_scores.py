@@ -162,3 +162,56 @@ def test_scores_by_name(kind: str) -> None:
     policy = st.Static(sparsity=0.5, score=kind)
     assert type(policy.score).__name__.lower() == kind
     assert policy == st.Static(sparsity=0.5, score={"kind": kind})
+
+
+def test_movement_adds_up_over_steps() -> None:
+    movement, seen = st.MovementScore(), None
+    expected = torch.zeros(2, 3)
+    for step in range(4):
+        param = weight(torch.randn(2, 3).tolist(), torch.randn(2, 3).tolist())
+        assert param.grad is not None
+        if step == 2:
+            param.grad[0, 1] = torch.nan  # one bad batch does not stay for good
+        expected -= torch.nan_to_num(param.detach() * param.grad)
+        seen = movement.observe("fc", param, seen)
+    found = score(movement, param, {"sparsetrain.accumulated": seen})
+    torch.testing.assert_close(found, expected)
+
+
+def test_movement_of_one_step_alone() -> None:
+    param = weight([[2.0, -1.0]], [[0.5, 0.5]])
+    check(score(st.MovementScore(), param), [[-1.0, 0.5]])
+    unused = weight([[2.0]])
+    assert st.MovementScore().observe("fc", unused, None) is None
+    with pytest.raises(ValueError, match=r"'movement' needs the gradient of encoder\.fc"):
+        score(st.MovementScore(), unused)
+
+
+def test_gradual_pruning_by_movement() -> None:
+    """The weights that moved towards 0 go first, and the sums are in the checkpoint."""
+    layer = nn.Linear(4, 2, bias=False)
+    layer.weight.data.fill_(1.0)
+    policy = st.Gradual(
+        sparsity=0.5, total_steps=8, score="movement", update={"every": 4, "start": 3, "stop": 4}
+    )
+    optimizer = st.SparseOptimizer(torch.optim.SGD(layer.parameters(), lr=0.01), layer, policy)
+    pull = torch.tensor([[1.0, -1.0, 2.0, -2.0], [-1.0, 1.0, -2.0, 2.0]])
+    for _ in range(3):
+        optimizer.zero_grad()
+        (layer.weight * pull).sum().backward()
+        optimizer.step()
+    saved = optimizer.state_dict()["sparsetrain"]["memories"][0]["weight.seen"]
+    torch.testing.assert_close(saved, -sum((1 - 0.01 * k * pull) * pull for k in range(3)))
+    optimizer.zero_grad()
+    (layer.weight * pull).sum().backward()
+    optimizer.step()
+    assert torch.equal(optimizer.masks()["weight"], pull < 0)
+
+
+def test_scores_that_add_up_need_dense_weights() -> None:
+    model = nn.Sequential(nn.Linear(64, 64))
+    policy = st.Gradual(sparsity=0.9, total_steps=10, score="movement", initial_sparsity=0.9)
+    base = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer = st.SparseOptimizer(base, model, policy, storage="csr")
+    (row,) = optimizer.summary().rows
+    assert row.storage == "masked" and "sum over steps" in row.why
