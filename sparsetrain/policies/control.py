@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from sparsetrain.storage.learned import LearnedTarget
 
@@ -68,18 +69,35 @@ class Budget:
         return self.numel - share * (self.numel - self.keep)
 
 
-def pulls(targets: Sequence[LearnedTarget]) -> float:
-    """Mean size of the gradients of the gates."""
-    gradients = [p.grad for t in targets for p in t.learned.gates() if p.grad is not None]
-    total = sum(float(g.abs().sum()) for g in gradients)
-    return total / max(sum(g.numel() for g in gradients), 1)
+def begin_strength(steering: Steering, memory: dict[str, Any], budget: Budget) -> None:
+    """Find the first multiplier, from the gradients of the loss that are there.
+
+    Without a gradient, or with a mask that has no penalty, there is none yet.
+    """
+    targets = [target for target in budget.targets if target.learned.has_penalty]
+    if f"{budget.key}.strength" in memory or not targets:
+        return
+    gates = [gate for target in targets for gate in target.learned.gates()]
+    of_loss = _mean_size(gates)
+    parameters = [*gates, *(target.param for target in targets)]
+    gradients = [parameter.grad for parameter in parameters]
+    for parameter in parameters:
+        parameter.grad = None
+    for target in targets:
+        target.learned.add_penalty_gradient(target.param, 1.0)
+    of_penalty = _mean_size(gates)
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.grad = gradient
+    if of_loss > 0 and of_penalty > 0:
+        strength = steering.start * of_loss / of_penalty
+        memory[f"{budget.key}.strength"] = strength
+        memory[f"{budget.key}.integral"] = math.log(strength)
 
 
-def first_strength(steering: Steering, loss_pull: float, penalty_pull: float) -> float:
-    """Where the multiplier begins, from the mean gradients of loss and penalty."""
-    if not (loss_pull > 0 and penalty_pull > 0):
-        return 0.0  # no gradient yet: try again at the next step
-    return steering.start * loss_pull / penalty_pull
+def _mean_size(gates: Sequence[Parameter]) -> float:
+    gradients = [gate.grad for gate in gates if gate.grad is not None]
+    total = sum(float(gradient.abs().sum()) for gradient in gradients)
+    return total / max(sum(gradient.numel() for gradient in gradients), 1)
 
 
 def next_strength(

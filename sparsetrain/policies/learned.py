@@ -18,10 +18,9 @@ from sparsetrain.policies.base import Policy
 from sparsetrain.policies.control import (
     Budget,
     Steering,
-    first_strength,
+    begin_strength,
     nearest_gates,
     next_strength,
-    pulls,
 )
 from sparsetrain.policies.group import TargetGroup
 from sparsetrain.report.events import LayerChange
@@ -163,8 +162,10 @@ class LearnedPolicy(Policy):
             assert self.sparsity is not None
             numel = sum(target.numel for target in targets)
             return [Budget("all", targets, active_total(numel, self.sparsity))]
-        counts = self.counts(group)
-        return [Budget(t.name, [t], counts[t.name]) for t in targets]
+        if "keep" not in group.memory:  # asked for at every step
+            group.memory["keep"] = self.counts(group)
+        keep: dict[str, int] = group.memory["keep"]
+        return [Budget(t.name, [t], keep[t.name]) for t in targets]
 
     # Around a step.
 
@@ -192,8 +193,7 @@ class LearnedPolicy(Policy):
         """Add the gradient of the regulariser, and bring gradients of gates to a common size."""
         if step >= self.update.start:
             for budget in self.budgets(group):
-                if f"{budget.key}.strength" not in group.memory:
-                    self._begin(group, budget)
+                begin_strength(self.steering, group.memory, budget)
         for target, strength in self._strengths(group, step):
             target.learned.add_penalty_gradient(target.param, strength)
         if group.memory.get("normalises", False):
@@ -225,26 +225,6 @@ class LearnedPolicy(Policy):
             if strength is not None:
                 found += [(t, strength) for t in budget.targets if t.learned.has_penalty]
         return found
-
-    def _begin(self, group: TargetGroup, budget: Budget) -> None:
-        """Find the size of the multiplier: loss and penalty are looked at apart."""
-        if not any(target.learned.has_penalty for target in budget.targets):
-            return
-        loss_pull = pulls(budget.targets)
-        gates = [gate for target in budget.targets for gate in target.learned.gates()]
-        weights = [target.param for target in budget.targets]
-        kept = [parameter.grad for parameter in (*gates, *weights)]
-        for parameter in (*gates, *weights):
-            parameter.grad = None
-        for target in budget.targets:
-            target.learned.add_penalty_gradient(target.param, 1.0)
-        penalty_pull = pulls(budget.targets)
-        for parameter, gradient in zip((*gates, *weights), kept, strict=True):
-            parameter.grad = gradient
-        strength = first_strength(self.steering, loss_pull, penalty_pull)
-        if strength > 0:
-            group.memory[f"{budget.key}.strength"] = strength
-            group.memory[f"{budget.key}.integral"] = math.log(strength)
 
     def _normalise(self, group: TargetGroup, target: LearnedTarget) -> None:
         """Divide each gradient by its running root mean square, as Adam and RMSprop do.

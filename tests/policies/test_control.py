@@ -152,6 +152,13 @@ def test_what_steering_remembers_is_plain() -> None:
     memory = optimizer.state_dict()["sparsetrain"]["memories"][0]
     assert {"all.strength", "all.integral"} <= memory.keys()
     assert all(isinstance(value, float | bool | Tensor) for value in memory.values())
+    layered, other = wrap(
+        st.HardConcrete(sparsity=0.5, allocation="erk", total_steps=STEPS), optimizer="sgd"
+    )
+    train(layered, other, 0, 15)
+    memory = other.state_dict()["sparsetrain"]["memories"][0]
+    assert sum(memory["keep"].values()) == round(0.5 * sum(t.numel for t in other.targets.values()))
+    assert {f"{name}.strength" for name in other.targets} <= memory.keys()
 
 
 def test_sharing_by_layer_shape() -> None:
