@@ -76,7 +76,7 @@ def _run(loop: Any, parallel: Any, *arguments: Any) -> None:
 
 
 def _flat(*tensors: Tensor) -> list[Any]:
-    return [tensor.detach().view(-1).numpy() for tensor in tensors]
+    return [tensor.detach().numpy().ravel() for tensor in tensors]
 
 
 @njit(**_PARALLEL)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -153,7 +154,9 @@ class _ActivationNoise:
     def __call__(self, module: Any, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
         if not module.training:
             return None
-        with torch.autocast(output.device.type, enabled=False):  # half precision has no 1e-8
+        device = output.device.type
+        is_mixed = torch.is_autocast_enabled(device)  # half precision has no 1e-8
+        with torch.autocast(device, enabled=False) if is_mixed else nullcontext():
             weight = module.parametrizations.weight.original
             variance = self.mask.take_variance(weight.to(gate_dtype(weight)))
             x = args[0].to(variance.dtype)
