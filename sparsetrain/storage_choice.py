@@ -47,6 +47,8 @@ class StorageChoice:
 
     def __init__(self, model: nn.Module, storage: Storage) -> None:
         self.storage = storage
+        ranks = nn.parallel.DistributedDataParallel
+        self._has_ranks = any(isinstance(module, ranks) for module in model.modules())
         self._dense_layers = [m for m in model.modules() if isinstance(m, nn.Linear)]
         self._follows = False
         self.why: dict[str, str] = {}
@@ -77,6 +79,12 @@ class StorageChoice:
             return CsrTarget(candidate.name, owner, built=True)
         self._owners[candidate.name] = owner
         if isinstance(policy, LearnedPolicy):
+            if self._has_ranks:
+                raise ValueError(
+                    f"policy {policy.kind!r} adds parameters that DistributedDataParallel does not "
+                    "average: build the SparseOptimizer over the bare model first, and "
+                    "wrap the model in DistributedDataParallel after it"
+                )
             if self.storage != "masked":
                 self.why[candidate.name] = policy_needs_masked(policy)
             learned = policy.learned_mask(candidate, generator)
