@@ -127,7 +127,7 @@ def where_positive(values: Tensor) -> Tensor:
 def keep_positive(values: Tensor, margins: Tensor) -> Tensor:
     """Values where the margin is above 0, else exactly 0, whatever the value is.
 
-    The gradient of a rectifier does just that in one pass; `torch.where` takes ten times as long.
+    The gradient of a rectifier does just that in one pass; `torch.where` takes four times as long.
     """
     kept: Tensor = torch.ops.aten.threshold_backward(values, margins, 0.0)
     return kept
