@@ -92,6 +92,9 @@ METHODS: dict[str, Method] = {
     "variational_dropout": Method(
         "Variational dropout", _variational_dropout, optimizer=adam, longer=2
     ),
+    "variational_dropout_long": Method(
+        "Variational dropout, 120 epochs", _variational_dropout, optimizer=adam, longer=6
+    ),
     "movement": Method("Movement, top-k", _movement),
     "soft_movement": Method("Movement, threshold", _soft_movement),
 }

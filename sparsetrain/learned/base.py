@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 from abc import abstractmethod
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -94,6 +95,20 @@ class LearnedMask(nn.Module):
 
     def constrain(self) -> None:
         """Bring the gates back into their range, after the optimizer stepped."""
+
+
+class MaskFunction(torch.autograd.Function):
+    """What the forward passes of learned masks are made of: autograd functions that `vmap` takes.
+
+    torch asks for the signature of `forward` at each call, to bind the arguments. Working it out
+    takes as long as a small layer; when it is there, torch takes it.
+    """
+
+    generate_vmap_rule = True
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        cls.forward.__signature__ = inspect.signature(cls.forward)  # type: ignore[attr-defined]
 
 
 def gate_dtype(weight: Tensor) -> torch.dtype:

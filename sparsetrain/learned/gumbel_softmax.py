@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from sparsetrain.learned.base import LearnedMask, accumulate, put, where_positive
+from sparsetrain.learned.base import LearnedMask, MaskFunction, accumulate, put, where_positive
 from sparsetrain.learned.hard_concrete import logistic_noise
 from sparsetrain.learned.sharing import Sharing
 from sparsetrain.structures import NM
@@ -90,10 +90,8 @@ class GumbelSoftmaxMask(_Annealed):
         put(self.logit, gates, 0.0, above=keep)
 
 
-class _Choice(torch.autograd.Function):
+class _Choice(MaskFunction):
     """sigmoid((logit + noise) / temperature), or its hard version with the soft gradient."""
-
-    generate_vmap_rule = True
 
     @staticmethod
     def forward(logit: Tensor, noise: Tensor, temperature: Tensor, hard: bool) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.utils.hooks import RemovableHandle
 
-from sparsetrain.learned.base import LearnedMask, accumulate, put
+from sparsetrain.learned.base import LearnedMask, MaskFunction, accumulate, put
 from sparsetrain.learned.sharing import Sharing
 
 BETA, GAMMA, ZETA = 2 / 3, -0.1, 1.1
@@ -165,10 +165,8 @@ def _gates(log_alpha: Tensor, noise: Tensor) -> Tensor:
     return gates
 
 
-class _HardConcrete(torch.autograd.Function):
+class _HardConcrete(MaskFunction):
     """Eq. 10: z = clamp(sigmoid((log_alpha + noise) / beta) (zeta - gamma) + gamma, 0, 1)."""
-
-    generate_vmap_rule = True
 
     @staticmethod
     def forward(log_alpha: Tensor, noise: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from sparsetrain.learned.base import LearnedMask, accumulate, put, where_positive
+from sparsetrain.learned.base import LearnedMask, MaskFunction, accumulate, put, where_positive
 from sparsetrain.learned.sharing import Sharing
 
 
@@ -96,10 +96,8 @@ class ScoresAboveMask(_Scored):
         put(self.scores, gates, self.border, above=keep)
 
 
-class _Masked(torch.autograd.Function):
+class _Masked(MaskFunction):
     """weight * mask; dL/dscores = dL/dW' * weight, whether kept or not (eq. 4)."""
-
-    generate_vmap_rule = True
 
     @staticmethod
     def forward(weight: Tensor, scores: Tensor, kept: Tensor, sharing: Sharing) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from sparsetrain.learned.base import LearnedMask
+from sparsetrain.learned.base import LearnedMask, MaskFunction
 from sparsetrain.learned.sharing import Sharing
 
 _STEP = 0.05
@@ -63,10 +63,8 @@ class SoftThresholdMask(LearnedMask):
             self.shift(highest - _STEP)
 
 
-class _SoftThreshold(torch.autograd.Function):
+class _SoftThreshold(MaskFunction):
     """Fewer passes than autograd's, and none that chooses by a bool."""
-
-    generate_vmap_rule = True
 
     @staticmethod
     def forward(weight: Tensor, threshold: Tensor) -> Tensor:

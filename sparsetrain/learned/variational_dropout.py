@@ -12,7 +12,7 @@ from torch.nn import Parameter
 from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
-from sparsetrain.learned.base import LearnedMask, gate_dtype, keep_positive, put
+from sparsetrain.learned.base import LearnedMask, MaskFunction, gate_dtype, keep_positive, put
 from sparsetrain.learned.moments import (
     CLIP,
     K1,
@@ -125,10 +125,8 @@ class VariationalDropoutMask(LearnedMask):
         put(self.log_sigma2, gates, border.clamp_min(-80.0), above=not keep)
 
 
-class _Moments(torch.autograd.Function):
+class _Moments(MaskFunction):
     """Mean and variance of each weight."""
-
-    generate_vmap_rule = True
 
     @staticmethod
     def forward(weight: Tensor, log_sigma2: Tensor, above: float) -> tuple[Tensor, Tensor]:

@@ -44,7 +44,7 @@ class LearnedTarget(SparseTarget):
     @property
     def active(self) -> int:
         """Number of weights that evaluation keeps; counted at each call."""
-        return int(self.mask.sum())
+        return int(self.mask.count_nonzero())
 
     @property
     def mask(self) -> Tensor:
@@ -99,15 +99,16 @@ class LearnedTarget(SparseTarget):
             Weights that it dropped and took up since the last call, and those that are active.
         """
         now = self.mask
-        active = int(now.sum())
+        active = int(now.count_nonzero())
         if not active:  # a layer without weights is lost
             self.learned.revive(self.param)
             now = self.mask
-            active = int(now.sum())
+            active = int(now.count_nonzero())
         before = torch.ones_like(now) if self._told is None else self._told
         self._told = now
-        kept = int((before & now).sum())
-        return int(before.sum()) - kept, active - kept, active
+        dropped = int((before & ~now).count_nonzero())
+        grown = int((now & ~before).count_nonzero())
+        return dropped, grown, active
 
     def after_step(self, keeps_zeros: bool) -> None:
         """Bring the gates back into their range."""
