@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from abc import abstractmethod
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,7 @@ class LearnedMask(nn.Module):
     """
 
     #: Whether `penalty` is something to train against.
-    has_penalty: ClassVar[bool] = True
+    has_penalty: bool = True
 
     def __init__(self, sharing: Sharing) -> None:
         super().__init__()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from itertools import combinations
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -119,7 +119,7 @@ class PatternMask(_Annealed):
         hard: as in `GumbelSoftmaxMask`.
     """
 
-    has_penalty: ClassVar[bool] = False
+    has_penalty = False
     patterns: Tensor
 
     def __init__(

@@ -38,15 +38,33 @@ class _Scored(LearnedMask):
         """Where the scores keep the weight."""
         return self.sharing.spread(self.kept() > 0).clone()
 
+    def penalty(self, weight: Tensor) -> Tensor:
+        """sum of sigmoid(score), each as often as it has weights; 0 for hard movement."""
+        if not self.has_penalty:
+            return super().penalty(weight)
+        return torch.sigmoid(self.scores).sum() * self.sharing.size
+
+    def add_penalty_gradient(self, weight: Parameter, strength: float) -> None:
+        """In closed form."""
+        if not self.has_penalty:
+            return
+        scores = self.scores.detach()
+        slope = torch.sigmoid(scores).mul_(torch.sigmoid(-scores))  # exact for large scores, too
+        accumulate(self.scores, slope, strength * self.sharing.size)
+
 
 class TopScoresMask(_Scored):
-    """The policy keeps the highest scores, as many as its schedule says (hard movement)."""
+    """The policy keeps the highest scores, as many as its schedule says.
 
-    has_penalty = False
+    Args:
+        has_penalty: whether the scores are regularised (soft movement) or not (hard movement).
+    """
+
     chosen: Tensor
 
-    def __init__(self, sharing: Sharing, scores: Tensor) -> None:
+    def __init__(self, sharing: Sharing, scores: Tensor, *, has_penalty: bool = False) -> None:
         super().__init__(sharing, scores)
+        self.has_penalty = has_penalty
         self.register_buffer("chosen", torch.ones_like(scores), persistent=False)
 
     def kept(self) -> Tensor:
@@ -59,7 +77,7 @@ class TopScoresMask(_Scored):
 
 
 class ScoresAboveMask(_Scored):
-    """All scores with sigmoid(score) above a threshold are kept (soft movement)."""
+    """All scores with sigmoid(score) above a fixed threshold are kept (soft movement)."""
 
     border: Tensor
 
@@ -76,16 +94,6 @@ class ScoresAboveMask(_Scored):
     def kept(self) -> Tensor:
         """Where the score is above the logit of the threshold."""
         return where_positive(self.scores.detach() - self.border)
-
-    def penalty(self, weight: Tensor) -> Tensor:
-        """sum of sigmoid(score), each as often as it has weights."""
-        return torch.sigmoid(self.scores).sum() * self.sharing.size
-
-    def add_penalty_gradient(self, weight: Parameter, strength: float) -> None:
-        """In closed form."""
-        scores = self.scores.detach()
-        slope = torch.sigmoid(scores).mul_(torch.sigmoid(-scores))  # exact for large scores, too
-        accumulate(self.scores, slope, strength * self.sharing.size)
 
     def margins(self, weight: Tensor) -> Tensor:
         """Scores above the logit of the threshold."""

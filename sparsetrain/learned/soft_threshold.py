@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ class SoftThresholdMask(LearnedMask):
         curve: g, the sigmoid or the exponential function.
     """
 
-    has_penalty: ClassVar[bool] = False
+    has_penalty = False
 
     def __init__(self, sharing: Sharing, start: Tensor, curve: Curve) -> None:
         super().__init__(sharing)

@@ -15,7 +15,7 @@ from sparsetrain.candidates import Candidate
 from sparsetrain.learned.base import gates_like
 from sparsetrain.learned.movement import ScoresAboveMask, TopScoresMask
 from sparsetrain.learned.sharing import share
-from sparsetrain.policies.control import Budget
+from sparsetrain.policies.control import Budget, Steering
 from sparsetrain.policies.group import TargetGroup
 from sparsetrain.policies.learned import LearnedPolicy
 from sparsetrain.schedules import UpdateSchedule
@@ -28,11 +28,14 @@ class Movement(LearnedPolicy):
     """Scores S that collect -w dL/dw through a straight-through mask (Sanh et al. 2020, eq. 4).
 
     "top_k" keeps the highest scores of each matrix (or of all, with allocation 'global'), ever
-    fewer along a cubic schedule. "threshold" keeps sigmoid(S) > threshold; the regulariser is the
-    sum of sigmoid(S), and `strength` is its weight.
+    fewer along a cubic schedule. "threshold" adds the regulariser, the sum of sigmoid(S), and keeps
+    sigmoid(S) > threshold. With `strength`, the regulariser's weight, the threshold is fixed; with
+    `sparsity` it is put where the wanted number of scores is above it.
     """
 
     kind: Literal["movement"] = "movement"
+    #: With a sparsity the regulariser pulls at the scores as hard as the loss does.
+    steering: ClassVar[Steering] = Steering(start=1.0)
     structures: ClassVar[tuple[type[Structure], ...]] = (Unstructured, Block)
 
     mode: Literal["top_k", "threshold"] = Field("top_k", description="hard or soft movement")
@@ -41,7 +44,10 @@ class Movement(LearnedPolicy):
         description="'uniform' ranks within each matrix, as in the paper, 'global' across all",
     )
     threshold: float = Field(
-        0.1, gt=0, lt=0.5, description="of sigmoid(S), reached along the schedule from 0"
+        0.1,
+        gt=0,
+        lt=0.5,
+        description="of sigmoid(S), reached along the schedule from 0; for a given 'strength'",
     )
     update: UpdateSchedule = Field(
         default_factory=lambda: UpdateSchedule(every=10),
@@ -63,9 +69,10 @@ class Movement(LearnedPolicy):
         self.structure.check(shape, candidate.name)
         sharing = share(self.structure if isinstance(self.structure, Block) else "weight", shape)
         scores = gates_like(weight, torch.zeros(sharing.gates))
-        made: type[TopScoresMask | ScoresAboveMask]
-        made = TopScoresMask if self.mode == "top_k" else ScoresAboveMask
-        return made(sharing, scores)
+        soft = self.mode == "threshold"
+        if soft and not self.is_steered:
+            return ScoresAboveMask(sharing, scores)
+        return TopScoresMask(sharing, scores, has_penalty=soft)
 
     def _default_lr(self, options: dict[str, Any]) -> float:
         return 1e-2 if self.mode == "top_k" else super()._default_lr(options)
@@ -77,11 +84,17 @@ class Movement(LearnedPolicy):
                 risen = self.reached(step) if self.total_steps else 1.0
                 target.learned.set_threshold(self.threshold * risen)
 
+    def observe(self, group: TargetGroup, step: int) -> None:
+        """Measure anew at each update how hard the loss pulls at the scores."""
+        if self.update_is_due(step):
+            for budget in self.budgets(group):
+                group.memory.pop(f"{budget.key}.strength", None)
+        super().observe(group, step)
+
     def _steer(
         self, group: TargetGroup, budget: Budget, step: int
     ) -> dict[str, Callable[[], None]]:
-        if self.mode == "threshold":
-            return super()._steer(group, budget, step)
+        """Keep the highest scores, as many as are wanted."""
         size = budget.targets[0].learned.sharing.size
         keep = round(self.wanted(budget, step) / size)
         scores = {t.name: _scores(t) for t in budget.targets}
