@@ -24,6 +24,10 @@ from sparsetrain.storage.learned import LearnedTarget
 from sparsetrain.structures import Block, Structure, Unstructured
 
 
+#: Of scores whose order alone counts, as in the authors' code.
+_RANKED_LR = 1e-2
+
+
 class Movement(LearnedPolicy):
     """Scores S that collect -w dL/dw through a straight-through mask (Sanh et al. 2020, eq. 4).
 
@@ -75,7 +79,8 @@ class Movement(LearnedPolicy):
         return TopScoresMask(sharing, scores, has_penalty=soft)
 
     def _default_lr(self, options: dict[str, Any]) -> float:
-        return 1e-2 if self.mode == "top_k" else super()._default_lr(options)
+        is_ranked = self.mode == "top_k" or self.is_steered
+        return _RANKED_LR if is_ranked else super()._default_lr(options)
 
     def follow_clock(self, group: TargetGroup, step: int) -> None:
         """The threshold rises with the schedule."""

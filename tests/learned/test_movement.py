@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from learned_twins import gate_numbers, gradients, masked_by_scores, numbers, output
-from runs import STEPS, wrap
+from runs import STEPS, backward, train, wrap
 from torch import Tensor
 
 import sparsetrain as st
@@ -122,3 +122,39 @@ def test_what_an_update_dropped_is_reported() -> None:
     assert target.settle()[:2] == (5, 0)
     assert int((before & ~target.mask).sum()) == 5
     assert model.hidden.weight.count_nonzero() == before.sum() - 5
+
+
+@pytest.mark.parametrize("mode", ["top_k", "threshold"])
+@pytest.mark.parametrize("allocation", ["uniform", "global"])
+def test_a_wanted_sparsity_is_followed_to_the_weight_at_every_update(
+    mode: Any, allocation: Any
+) -> None:
+    policy = st.Movement(
+        sparsity=0.8, total_steps=STEPS, update={"every": 3}, mode=mode, allocation=allocation
+    )
+    model, optimizer = wrap("momentum", policy)
+    followed: dict[int, float] = {}
+    optimizer.register_update_hook(lambda e: followed.__setitem__(e.step, e.sparsity))
+    train(model, optimizer, 0, STEPS)
+    assert list(followed) == [0, 3, 6, 9, 12, 13]
+    numel = sum(target.numel for target in optimizer.targets.values())
+    rounding = len(optimizer.targets) / numel
+    for step, sparsity in followed.items():
+        assert sparsity == pytest.approx(0.8 * policy.reached(step), abs=rounding)
+
+
+def test_the_soft_penalty_pulls_as_hard_as_the_loss_at_every_update() -> None:
+    policy = st.Movement(
+        sparsity=0.8, total_steps=STEPS, update={"every": 3}, mode="threshold", allocation="global"
+    )
+    model, optimizer = wrap("sgd", policy)
+    scores = [target.learned.scores for target in optimizer.targets.values()]
+    memory = optimizer._keeper.groups[0][1].memory
+    for step in range(STEPS):
+        backward(model, step)
+        of_loss = sum(float(s.grad.abs().sum()) for s in scores)
+        known = [s.detach() for s in scores]
+        slopes = sum(float((s.sigmoid() * (-s).sigmoid()).sum()) for s in known)
+        optimizer.step()
+        if step % 3 == 0:
+            assert memory["all.strength"] * slopes == pytest.approx(of_loss, rel=1e-4)

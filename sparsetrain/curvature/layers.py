@@ -1,0 +1,197 @@
+"""Per-sample gradients of a layer's parameters from what went in and what came back.
+
+For each kind of layer: a function of (module, input, gradient of the output), which gives the
+gradients of `weight` and `bias` for every sample, and, where there is a shorter way, their sum of
+squares over the samples. Samples are along dimension 0 of both tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+#: Leaf name, "weight" or "bias" -> tensor.
+Gradients = dict[str, Tensor]
+PerSample = Callable[[Any, Tensor, Tensor], Gradients]
+
+
+def is_known(module: nn.Module) -> bool:
+    """Whether the layer's gradients can be had from its input and the gradient of its output."""
+    return _rule(module) is not None
+
+
+def per_sample(module: nn.Module, given: Tensor, back: Tensor) -> Gradients:
+    """Gradients of each sample, [samples, *shape of the parameter].
+
+    Args:
+        given: input of the layer.
+        back: gradient of each sample's own loss on the layer's output.
+    """
+    rule = _rule(module)
+    assert rule is not None
+    gradients = rule(module, given, back)
+    return {leaf: value for leaf, value in gradients.items() if _has(module, leaf)}
+
+
+def sums_of_squares(module: nn.Module, given: Tensor, back: Tensor, budget: int) -> Gradients:
+    """Squares of the per-sample gradients, summed over the samples.
+
+    Args:
+        budget: numbers that the per-sample gradients may take at a time.
+    """
+    if isinstance(module, nn.Linear) and given.dim() == 2:
+        # The gradient of a sample is an outer product, and so is its square.
+        given, back = given.square(), back.square()
+        sums = {"weight": back.T @ given, "bias": back.sum(0)}
+        return {leaf: value for leaf, value in sums.items() if _has(module, leaf)}
+    if isinstance(module, nn.Embedding):
+        return {"weight": _embedding_squares(module, given, back)}
+    numel = sum(parameter.numel() for parameter in module.parameters(recurse=False))
+    size = max(budget // max(numel, 1), 1)
+    sums = {}
+    for start in range(0, len(given), size):
+        part = slice(start, start + size)
+        for leaf, gradient in per_sample(module, given[part], back[part]).items():
+            square = gradient.square_().sum(0)
+            sums[leaf] = sums[leaf].add_(square) if leaf in sums else square
+    return sums
+
+
+def _has(module: nn.Module, leaf: str) -> bool:
+    return getattr(module, leaf, None) is not None
+
+
+def _rule(module: nn.Module) -> PerSample | None:
+    for kind, rule in _RULES.items():
+        if isinstance(module, kind):
+            # A subclass may compute something else.
+            return rule if type(module).forward is kind.forward else None
+    return None
+
+
+# One function a kind of layer.
+
+
+def _linear(module: nn.Linear, given: Tensor, back: Tensor) -> Gradients:
+    if given.dim() == 2:
+        return {"weight": back.unsqueeze(2) * given.unsqueeze(1), "bias": back.clone()}
+    given, back = given.flatten(1, -2), back.flatten(1, -2)
+    return {"weight": back.transpose(1, 2) @ given, "bias": back.sum(1)}
+
+
+def _convolution(module: Any, given: Tensor, back: Tensor) -> Gradients:
+    bias = back.flatten(2).sum(2)
+    if module.padding_mode != "zeros":
+        mode = module.padding_mode
+        given = F.pad(given, module._reversed_padding_repeated_twice, mode=mode)
+        padding: tuple[int, ...] = (0,) * len(module.stride)
+    else:
+        given, padding = _even(module, given)
+    samples, channels, outputs = len(given), given.shape[1], back.shape[1]
+    # All samples as groups of one convolution, whose weights have a copy for every sample.
+    weight = module.weight.new_empty(1).expand(samples * outputs, *module.weight.shape[1:])
+    _, gradient, _ = torch.ops.aten.convolution_backward(
+        back.reshape(1, samples * outputs, *back.shape[2:]),
+        given.reshape(1, samples * channels, *given.shape[2:]),
+        weight,
+        None,
+        module.stride,
+        padding,
+        module.dilation,
+        False,
+        [0] * len(module.stride),
+        samples * module.groups,
+        [False, True, False],
+    )
+    return {"weight": gradient.reshape(samples, *module.weight.shape), "bias": bias}
+
+
+def _even(module: Any, given: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+    """The input with what the two sides of it differ in, and padding that both have."""
+    if not isinstance(module.padding, str):
+        return given, tuple(module.padding)
+    both = module._reversed_padding_repeated_twice
+    if any(both):
+        given = F.pad(given, both)
+    return given, (0,) * len(module.stride)
+
+
+def _normalised(module: Any, given: Tensor, back: Tensor, unit: Tensor, dims: int) -> Gradients:
+    """Gradients of an affine map whose parameters have the last or channel dimension.
+
+    Args:
+        unit: what the affine map is applied to.
+        dims: how many last dimensions the parameters have; 0 when they have that of the channels.
+    """
+    products = back * unit
+    inner = list(range(1, back.dim() - dims)) if dims else list(range(2, back.dim()))
+    if not inner:
+        return {"weight": products, "bias": back.clone()}
+    return {"weight": products.sum(inner), "bias": back.sum(inner)}
+
+
+def _layer_norm(module: nn.LayerNorm, given: Tensor, back: Tensor) -> Gradients:
+    shape = module.normalized_shape
+    unit = F.layer_norm(given, shape, None, None, module.eps)
+    return _normalised(module, given, back, unit, len(shape))
+
+
+def _rms_norm(module: Any, given: Tensor, back: Tensor) -> Gradients:
+    shape = module.normalized_shape
+    unit = F.rms_norm(given, shape, None, module.eps)
+    return _normalised(module, given, back, unit, len(shape))
+
+
+def _group_norm(module: nn.GroupNorm, given: Tensor, back: Tensor) -> Gradients:
+    unit = F.group_norm(given, module.num_groups, None, None, module.eps)
+    return _normalised(module, given, back, unit, 0)
+
+
+def _batch_norm(module: Any, given: Tensor, back: Tensor) -> Gradients:
+    mean, variance = module.running_mean, module.running_var
+    unit = F.batch_norm(given, mean, variance, None, None, False, 0.0, module.eps)
+    return _normalised(module, given, back, unit, 0)
+
+
+def _embedding(module: nn.Embedding, given: Tensor, back: Tensor) -> Gradients:
+    samples, (rows, width) = len(given), module.weight.shape
+    places = given.reshape(samples, -1) + rows * torch.arange(samples).unsqueeze(1).to(given.device)
+    gradient = back.new_zeros(samples * rows, width)
+    gradient.index_add_(0, places.reshape(-1), back.reshape(-1, width))
+    gradient = gradient.view(samples, rows, width)
+    if module.padding_idx is not None:
+        gradient[:, module.padding_idx] = 0
+    return {"weight": gradient}
+
+
+def _embedding_squares(module: nn.Embedding, given: Tensor, back: Tensor) -> Tensor:
+    """Without a table for each sample: only rows that a sample has are there."""
+    rows, width = module.weight.shape
+    samples = torch.arange(len(given), device=given.device).unsqueeze(1)
+    pairs = (samples * rows + given.reshape(len(given), -1)).reshape(-1)
+    found, where = torch.unique(pairs, return_inverse=True)
+    gradient = back.new_zeros(len(found), width).index_add_(0, where, back.reshape(-1, width))
+    row = found % rows
+    sums = back.new_zeros(rows, width).index_add_(0, row, gradient.square_())
+    if module.padding_idx is not None:
+        sums[module.padding_idx] = 0
+    return sums
+
+
+_RULES: dict[type[Any], PerSample] = {
+    nn.Linear: _linear,
+    nn.Conv1d: _convolution,
+    nn.Conv2d: _convolution,
+    nn.Conv3d: _convolution,
+    nn.LayerNorm: _layer_norm,
+    nn.RMSNorm: _rms_norm,
+    nn.GroupNorm: _group_norm,
+    nn.BatchNorm1d: _batch_norm,
+    nn.BatchNorm2d: _batch_norm,
+    nn.BatchNorm3d: _batch_norm,
+    nn.Embedding: _embedding,
+}

@@ -1,0 +1,153 @@
+"""A forward pass that remembers what went into layers, and backward passes that make use of it.
+
+Parameters are frozen meanwhile, so that a backward pass computes gradients of activations alone.
+Each layer's own gradient is then made of its input and the gradient on its output (`layers.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import Parameter
+
+from sparsetrain.batches import Batch
+from sparsetrain.curvature import layers
+
+#: Parameter -> tensor of its shape.
+Sums = dict[Parameter, Tensor]
+
+
+@dataclass
+class Use:
+    """One call of a layer."""
+
+    name: str
+    module: nn.Module
+    given: Tensor
+    version: int
+    back: Tensor | None = None
+
+    def has_samples(self, size: int) -> bool:
+        """Whether samples are along dimension 0 of what went in and of what came back."""
+        return len(self.given) == size and (self.back is None or len(self.back) == size)
+
+
+class Recording:
+    """What a forward pass of a batch leaves behind.
+
+    Args:
+        model: in evaluation mode, its parameters frozen.
+        modules: name -> layer to record.
+        budget: numbers that per-sample gradients may take at a time.
+    """
+
+    def __init__(
+        self, model: nn.Module, modules: Mapping[str, nn.Module], batch: Batch, budget: int
+    ) -> None:
+        self.size = batch.size
+        self.budget = budget
+        self.uses: list[Use] = []
+        self._start = torch.zeros((), requires_grad=True)
+        self._sums: Sums = {}
+        names = {id(module): name for name, module in modules.items()}
+        handles = [
+            module.register_forward_hook(partial(self._called, names[id(module)]))
+            for module in modules.values()
+        ]
+        try:
+            self.outputs = batch.forward(model)
+        finally:
+            for handle in handles:
+                handle.remove()
+        self._alone = self._uses_alone()
+
+    def _called(self, name: str, module: nn.Module, args: Any, output: Any) -> Tensor | None:
+        given: Tensor = args[0]
+        begun: Tensor | None = None
+        if not output.requires_grad:
+            output = begun = _Begin.apply(output, self._start)  # type: ignore[no-untyped-call]
+        use = Use(name, module, given.detach(), given._version)
+        output.register_hook(partial(self._came_back, use))
+        self.uses.append(use)
+        return begun
+
+    def _uses_alone(self) -> set[int]:
+        """Uses of parameters that no other use has."""
+        users: dict[int, list[Use]] = {}
+        for use in self.uses:
+            for parameter in use.module.parameters(recurse=False):
+                users.setdefault(id(parameter), []).append(use)
+        shared = {id(use) for found in users.values() if len(found) > 1 for use in found}
+        return {id(use) for use in self.uses} - shared
+
+    def sums_of_squares(
+        self, outputs: Tensor, back: Tensor | None = None, *, again: bool = False
+    ) -> Sums:
+        """Squares of per-sample gradients, summed over the samples.
+
+        Args:
+            outputs: a function of the model's outputs, which depends on each sample by itself.
+            back: gradient on it; None for a scalar.
+            again: whether there will be another call.
+
+        Returns:
+            Parameter -> tensor of its shape. A parameter that several layers or calls share is
+            there once, with the square of the sum. Layers that were not called are missing.
+        """
+        self._sums = {}
+        for use in self.uses:
+            use.back = None
+        torch.autograd.grad(outputs, self._start, back, retain_graph=again, allow_unused=True)
+        self._add_shared()
+        return self._sums
+
+    def _came_back(self, use: Use, back: Tensor) -> None:
+        if use.given._version != use.version:
+            raise RuntimeError(
+                f"the input of {use.name} was changed in place after the layer had used it: "
+                "curvature needs it as it was"
+            )
+        use.back = back.detach()
+        if id(use) in self._alone and use.has_samples(self.size):
+            found = layers.sums_of_squares(use.module, use.given, use.back, self.budget)
+            for leaf, square in found.items():
+                self._sums[getattr(use.module, leaf)] = square
+            use.back = None
+
+    def _add_shared(self) -> None:
+        """Parameters with several uses: their gradients are added up before squaring."""
+        waiting = [u for u in self.uses if u.back is not None and u.has_samples(self.size)]
+        largest = max(
+            (p.numel() for u in waiting for p in u.module.parameters(recurse=False)), default=1
+        )
+        size = max(self.budget // largest, 1)
+        for start in range(0, self.size if waiting else 0, size):
+            part = slice(start, start + size)
+            totals: Sums = {}
+            for use in waiting:
+                assert use.back is not None
+                found = layers.per_sample(use.module, use.given[part], use.back[part])
+                for leaf, gradient in found.items():
+                    parameter = getattr(use.module, leaf)
+                    known = totals.get(parameter)
+                    totals[parameter] = gradient if known is None else known.add_(gradient)
+            for parameter, total in totals.items():
+                square, known = total.square_().sum(0), self._sums.get(parameter)
+                self._sums[parameter] = square if known is None else known.add_(square)
+
+
+class _Begin(torch.autograd.Function):
+    """The identity, from which on gradients are wanted although no parameter wants one."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, start: Tensor) -> Tensor:
+        return values.detach()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return None, None
