@@ -2,5 +2,15 @@
 
 from sparsetrain.curvature.diagonals import Diagonal
 from sparsetrain.curvature.fisher import fisher_diagonal, per_sample_gradients
+from sparsetrain.curvature.ggn import ggn_diagonal
+from sparsetrain.curvature.hessian import hessian_diagonal
+from sparsetrain.curvature.inverse import inverse_fisher_blocks
 
-__all__ = ["Diagonal", "fisher_diagonal", "per_sample_gradients"]
+__all__ = [
+    "Diagonal",
+    "fisher_diagonal",
+    "ggn_diagonal",
+    "hessian_diagonal",
+    "inverse_fisher_blocks",
+    "per_sample_gradients",
+]

@@ -23,7 +23,6 @@ from sparsetrain.selection import top_k, top_k_across
 from sparsetrain.storage.learned import LearnedTarget
 from sparsetrain.structures import Block, Structure, Unstructured
 
-
 #: Of scores whose order alone counts, as in the authors' code.
 _RANKED_LR = 1e-2
 
