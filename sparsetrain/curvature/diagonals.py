@@ -116,7 +116,7 @@ class SquareSums:
         for one in done if self.slow else ():
             for gradients in self._long(replace(batch, targets=one.targets), one.loss_fn):
                 for name, gradient in gradients.items():
-                    self.sums[name] += gradient.square_().sum(0)
+                    self.sums[name] += gradient.square().sum(0)  # it may be expanded
 
     def means(self) -> dict[str, Tensor]:
         """The sums over the number of samples."""
@@ -163,7 +163,7 @@ class SquareSums:
         few = replace(few, targets=one.targets)
         for gradients in self._looped(self.parameters, few, one.loss_fn):
             for name, gradient in gradients.items():
-                right[name] += gradient.square_().sum(0)
+                right[name] += gradient.square().sum(0)
         return {
             name: self.parameters[name]
             for name, value in right.items()

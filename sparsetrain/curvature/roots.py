@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import hessian, vmap
+from torch.func import grad, jacrev, vmap
 from torch.nn import functional as F
 
 from sparsetrain.curvature.losses import LossFunction
@@ -113,7 +113,11 @@ def _roots(loss_fn: LossFunction, outputs: Tensor, targets: Any) -> Tensor:
     def of_one(output: Tensor, target: Tensor) -> Tensor:
         return loss_fn(output.reshape(1, *outputs.shape[1:]), target.unsqueeze(0))
 
-    curvature = vmap(hessian(of_one))(outputs.reshape(samples, size), targets)
+    curved, flat = jacrev(grad(of_one)), outputs.reshape(samples, size)
+    try:
+        curvature = vmap(curved)(flat, targets)
+    except RuntimeError:  # branches on values, for instance; what is really wrong fails here again
+        curvature = torch.stack([curved(o, t) for o, t in zip(flat, targets, strict=True)])
     values, vectors = torch.linalg.eigh(curvature)
     largest = values.abs().amax(1, keepdim=True)
     noise = size * torch.finfo(values.dtype).eps * largest

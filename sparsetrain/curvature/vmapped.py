@@ -47,9 +47,11 @@ def gradients_of(
         samples = (part.args, part.kwargs, part.targets)
         axes = pytree.tree_map(lambda leaf: 0 if isinstance(leaf, Tensor) else None, samples)
         try:
-            yield vmap(of_one, (None, *axes), randomness="error")(own, *samples)
+            with torch.no_grad():  # the other parameters may want gradients, outside of `grad`
+                found = vmap(of_one, (None, *axes), randomness="error")(own, *samples)
         except RuntimeError as error:
             raise RuntimeError(_explained(error)) from error
+        yield found
 
 
 def _gradient_of_one(model: nn.Module, loss_fn: LossFunction) -> Callable[..., Any]:
