@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import torch
@@ -67,9 +68,18 @@ _messages: Any = None
 def _begin_worker(messages: Any) -> None:
     global _messages
     _messages = messages
+    Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     # Momenta of dead units decay into denormal numbers, on which a CPU is many times slower.
     torch.set_flush_denormal(True)
+
+
+def _end_with_parent() -> None:
+    """A worker whose parent was killed would go on for nothing."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _send(key: str, done: int, total: int, words: str) -> None:

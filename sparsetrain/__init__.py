@@ -1,6 +1,6 @@
 """sparsetrain: declarative sparse training for PyTorch."""
 
-from sparsetrain import cost, storage
+from sparsetrain import cost, curvature, storage
 from sparsetrain.allocation import (
     ErdosRenyi,
     ErdosRenyiKernel,
@@ -25,18 +25,30 @@ from sparsetrain.policies import (
     Static,
     VariationalDropout,
 )
+from sparsetrain.pruning import PruneResult, prune
 from sparsetrain.recipe import Recipe, Rule
 from sparsetrain.report.events import LayerChange, UpdateEvent
 from sparsetrain.schedules import Schedule, UpdateSchedule
 from sparsetrain.scores import (
+    SNIP,
+    ActivationMagnitude,
+    ActivationVariance,
+    BatchNormScale,
+    Fisher,
+    GateFisher,
     Gradient,
+    GraSP,
     Magnitude,
     Momentum,
     MovementScore,
+    OptimalBrainDamage,
     Random,
     Score,
+    SynFlow,
     Taylor,
+    Wanda,
 )
+from sparsetrain.scoring import score
 from sparsetrain.storage import compress
 from sparsetrain.structures import NM, Block, ConstantFanIn, Unstructured
 
@@ -46,13 +58,20 @@ __all__ = [
     "NM",
     "SET",
     "SNFS",
+    "SNIP",
+    "ActivationMagnitude",
+    "ActivationVariance",
+    "BatchNormScale",
     "Block",
     "ConstantFanIn",
     "DynamicNetworkSurgery",
     "ErdosRenyi",
     "ErdosRenyiKernel",
     "Explicit",
+    "Fisher",
+    "GateFisher",
     "Global",
+    "GraSP",
     "Gradient",
     "Gradual",
     "GumbelSoftmax",
@@ -63,7 +82,9 @@ __all__ = [
     "Movement",
     "MovementScore",
     "NMSparse",
+    "OptimalBrainDamage",
     "Policy",
+    "PruneResult",
     "Random",
     "Recipe",
     "RigL",
@@ -73,6 +94,7 @@ __all__ = [
     "SoftThreshold",
     "SparseOptimizer",
     "Static",
+    "SynFlow",
     "Taylor",
     "Uniform",
     "UniformFirstDense",
@@ -80,7 +102,11 @@ __all__ = [
     "UpdateEvent",
     "UpdateSchedule",
     "VariationalDropout",
+    "Wanda",
     "compress",
     "cost",
+    "curvature",
+    "prune",
+    "score",
     "storage",
 ]

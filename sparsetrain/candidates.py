@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import parametrize
 
+from sparsetrain.config import did_you_mean
 from sparsetrain.storage.csr.layers import SparseLayer
 
 _DENSE_PRODUCTS = (
@@ -189,6 +191,31 @@ class Selector:
         if self.glob is not None:
             return fnmatch.fnmatchcase(name, self.glob)
         return re.search(self.regex or "", name) is not None
+
+
+def choose(model: nn.Module, match: str | Sequence[str] | None) -> list[Candidate]:
+    """The weights that one or several globs name; the Linear and Conv weights that train if None.
+
+    Among what a glob names Linear and Conv weights are taken alone, if there are any.
+
+    Raises:
+        ValueError: a glob matches nothing, or the model has nothing to take.
+    """
+    candidates = find_candidates(model)
+    if match is None:
+        found = [candidate for candidate in candidates if candidate.is_default]
+        if not found:
+            raise ValueError("the model has no Linear or Conv weight that trains: give match")
+        return found
+    chosen: dict[int, Candidate] = {}
+    for glob in [match] if isinstance(match, str) else match:
+        named = [c for c in candidates if Selector(glob=glob).matches(c)]
+        if not named:
+            near = did_you_mean(glob, known_names(candidates))
+            raise ValueError(f"match={glob!r} names nothing in the model{near}")
+        for candidate in [c for c in named if c.is_weight] or named:
+            chosen[id(candidate.param)] = candidate
+    return [c for c in candidates if id(c.param) in chosen]
 
 
 def names_of(candidate: Candidate) -> list[str]:

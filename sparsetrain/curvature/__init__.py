@@ -1,7 +1,11 @@
 """Curvature of the loss: per-sample gradients, and diagonals of Fisher, GGN and Hessian."""
 
 from sparsetrain.curvature.diagonals import Diagonal
-from sparsetrain.curvature.fisher import fisher_diagonal, per_sample_gradients
+from sparsetrain.curvature.fisher import (
+    fisher_diagonal,
+    iterate_per_sample_gradients,
+    per_sample_gradients,
+)
 from sparsetrain.curvature.ggn import ggn_diagonal
 from sparsetrain.curvature.hessian import hessian_diagonal
 from sparsetrain.curvature.inverse import inverse_fisher_blocks
@@ -12,5 +16,6 @@ __all__ = [
     "ggn_diagonal",
     "hessian_diagonal",
     "inverse_fisher_blocks",
+    "iterate_per_sample_gradients",
     "per_sample_gradients",
 ]

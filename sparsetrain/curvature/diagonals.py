@@ -8,7 +8,6 @@ Such parameters take `vmap` over samples.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import Any, Literal, NamedTuple
@@ -19,6 +18,7 @@ from torch.nn import Parameter
 from torch.nn.utils.parametrize import is_parametrized
 
 from sparsetrain.batches import Batch
+from sparsetrain.config import did_you_mean
 from sparsetrain.curvature import layers, vmapped
 from sparsetrain.curvature.evaluating import wanting
 from sparsetrain.curvature.losses import LossFunction, sample_losses
@@ -71,9 +71,7 @@ def chosen_parameters(model: nn.Module, names: Iterable[str] | None) -> dict[str
     wanted = list(names)
     for name in wanted:
         if name not in every:
-            near = difflib.get_close_matches(name, every, n=1)
-            hint = f": did you mean {near[0]!r}?" if near else ""
-            raise ValueError(f"the model has no parameter {name!r}{hint}")
+            raise ValueError(f"the model has no parameter {name!r}{did_you_mean(name, every)}")
     return {name: every[name] for name in wanted}
 
 

@@ -25,6 +25,29 @@ from sparsetrain.curvature.losses import LossFunction, sampled_labels
 Labels = Literal["data", "model"]
 
 
+def iterate_per_sample_gradients(
+    model: nn.Module,
+    batches: Iterable[Any],
+    loss_fn: LossFunction,
+    *,
+    parameters: Iterable[str] | None = None,
+    method: Literal["vmap", "loop"] = "vmap",
+    adapter: Adapter | None = None,
+    budget: int = BUDGET,
+    progress: bool = False,
+) -> Iterator[dict[str, Tensor]]:
+    """As `per_sample_gradients`, some samples at a time, in order."""
+    model = unwrapped(model)
+    chosen = chosen_parameters(model, parameters)
+    who = "per_sample_gradients"
+    with evaluating(model), wanting(model, chosen.values()):
+        for batch in read(batches, model, who=who, adapter=adapter, progress=progress):
+            if method == "loop":
+                yield from vmapped.looped_gradients(model, chosen, batch, loss_fn)
+            else:
+                yield from vmapped.gradients_of(model, chosen, batch, loss_fn, budget)
+
+
 def per_sample_gradients(
     model: nn.Module,
     batches: Iterable[Any],
@@ -45,33 +68,31 @@ def per_sample_gradients(
         loss_fn: (outputs, targets) -> scalar; it is called for one sample at a time.
         parameters: names; all that train when None.
         method: "vmap" vectorises over samples with torch.func, "loop" takes one after the other.
-        budget: numbers that are computed at a time. The result is as large as it is: samples
-            times parameters.
+        budget: numbers that are computed at a time. The result is as large as it is, samples
+            times parameters; `iterate_per_sample_gradients` gives it in pieces.
         progress: whether to show a bar.
 
     Returns:
         Parameter name -> [samples, *shape], samples in the order of the batches.
 
     Raises:
-        ValueError: no batch, unknown names, a loss that is no finite scalar.
+        ValueError: no batch, unknown names, a loss that is no scalar.
         RuntimeError: torch.func cannot vectorise the model.
     """
-    model = unwrapped(model)
-    chosen = chosen_parameters(model, parameters)
-    found: dict[str, list[Tensor]] = {name: [] for name in chosen}
-    with evaluating(model):
-        for batch in read(
-            batches, model, who="per_sample_gradients", adapter=adapter, progress=progress
-        ):
-            chunks: Iterator[dict[str, Tensor]]
-            if method == "loop":
-                with wanting(model, chosen.values()):
-                    chunks = iter(list(vmapped.looped_gradients(model, chosen, batch, loss_fn)))
-            else:
-                chunks = vmapped.gradients_of(model, chosen, batch, loss_fn, budget)
-            for chunk in chunks:
-                for name, gradient in chunk.items():
-                    found[name].append(gradient)
+    chunks = iterate_per_sample_gradients(
+        model,
+        batches,
+        loss_fn,
+        parameters=parameters,
+        method=method,
+        adapter=adapter,
+        budget=budget,
+        progress=progress,
+    )
+    found: dict[str, list[Tensor]] = {}
+    for chunk in chunks:
+        for name, gradient in chunk.items():
+            found.setdefault(name, []).append(gradient)
     return {name: torch.cat(parts) for name, parts in found.items()}
 
 

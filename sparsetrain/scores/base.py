@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import BeforeValidator, SerializeAsAny
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import Parameter
 
+from sparsetrain.calibration import Calibration
+from sparsetrain.candidates import Candidate
 from sparsetrain.config import AnyKind, Kinded
 
 #: Key in `state` of what `Score.observe` has returned last.
@@ -17,9 +19,19 @@ ACCUMULATED = "sparsetrain.accumulated"
 
 
 class Score(Kinded):
-    """Base of all scores; a member is one signal, computed from a weight and what surrounds it."""
+    """Base of all scores; a member is one signal, computed from a weight and what surrounds it.
+
+    `measure` is for a network as it is, with data where the signal needs them; `of` is for a
+    network in training, from what the step has left.
+    """
 
     family: ClassVar[str] = "score"
+    #: What `measure` has to be given.
+    data: ClassVar[Literal["none", "inputs", "loss"]] = "none"
+    #: Among what `st.prune` compares weights when it is not told: a row, a layer or the model.
+    scope: ClassVar[Literal["row", "layer", "global"]] = "layer"
+    #: Whether there is one number for each output channel of the layer instead of each weight.
+    per_channel: ClassVar[bool] = False
     #: Whether the score is a sum over steps, so that it has to `observe` each of them.
     accumulates: ClassVar[bool] = False
 
@@ -33,6 +45,27 @@ class Score(Kinded):
             What to remember, of the weight's shape.
         """
         return seen
+
+    @property
+    def pruning_rounds(self) -> int:
+        """In how many rounds, each on what the last has left, `st.prune` goes."""
+        return 1
+
+    def measure(
+        self, model: nn.Module, candidates: Sequence[Candidate], calibration: Calibration
+    ) -> dict[str, Tensor]:
+        """Importance of each weight or channel of a whole model.
+
+        The model is in evaluation mode meanwhile; nothing of it changes.
+
+        Returns:
+            Name of the weight -> tensor of its shape, or [outputs] for scores of channels.
+
+        Raises:
+            ValueError: data are missing or do not reach a weight.
+        """
+        generator = torch.Generator().manual_seed(calibration.seed)
+        return {c.name: self.of(c.name, c.param, {}, generator) for c in candidates}
 
     def of(
         self,
@@ -53,7 +86,10 @@ class Score(Kinded):
         Raises:
             ValueError: the score needs a signal that is not there.
         """
-        raise NotImplementedError
+        raise ValueError(
+            f"score {self.kind!r} cannot be computed from a training step alone: use it with "
+            "st.score or st.prune, which have data"
+        )
 
 
 def gradient_of(name: str, param: Parameter, score: str) -> Tensor:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import Parameter
 
+from sparsetrain.calibration import Calibration
+from sparsetrain.candidates import Candidate
 from sparsetrain.scores.base import ACCUMULATED, Score, gradient_of
 
 
@@ -20,7 +22,15 @@ class MovementScore(Score):
     """
 
     kind: Literal["movement"] = "movement"
+    data: ClassVar[Literal["none", "inputs", "loss"]] = "loss"
     accumulates: ClassVar[bool] = True
+
+    def measure(
+        self, model: nn.Module, candidates: Sequence[Candidate], calibration: Calibration
+    ) -> dict[str, Tensor]:
+        """-w g with the gradient of the mean loss, of the weight's shape: the first step's."""
+        gradients = calibration.mean_gradients(model, candidates, self.kind)
+        return {c.name: -(c.param.detach() * gradients[c.name]) for c in candidates}
 
     def observe(self, name: str, param: Parameter, seen: Tensor | None) -> Tensor | None:
         """The sum with this step's -w g in it; layers that the step did not use keep theirs."""

@@ -1,0 +1,153 @@
+"""What scores and pruning look at beside the weights: batches, a loss, and how to read them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparsetrain.batches import Adapter, Batch, read
+from sparsetrain.candidates import Candidate
+from sparsetrain.curvature.evaluating import evaluating, wanting
+from sparsetrain.curvature.losses import LossFunction, sample_losses
+
+#: (candidate, input of its layer, output) of a call.
+See = Callable[[Candidate, Tensor, Tensor], None]
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Data for scores.
+
+    Attributes:
+        batches: an iterable of (inputs, targets), or of what `adapter` makes that of.
+        loss_fn: (outputs, targets) -> scalar.
+        seed: of whatever is random.
+        progress: whether to show a bar.
+    """
+
+    batches: Iterable[Any] | None = None
+    loss_fn: LossFunction | None = None
+    adapter: Adapter | None = None
+    seed: int = 0
+    progress: bool = False
+
+    def require(self, who: str, *, loss: bool = True) -> None:
+        """Raise ValueError unless there is what `who` needs."""
+        if self.batches is None:
+            raise ValueError(f"score {who!r} needs data: give batches of (inputs, targets)")
+        if loss and self.loss_fn is None:
+            raise ValueError(f"score {who!r} needs a loss: give loss_fn(outputs, targets)")
+
+    def given(self, who: str) -> tuple[Iterable[Any], LossFunction]:
+        """Batches and loss, which both have to be there."""
+        self.require(who)
+        assert self.batches is not None and self.loss_fn is not None
+        return self.batches, self.loss_fn
+
+    def read(self, model: nn.Module, who: str, *, needs_targets: bool = True) -> Iterator[Batch]:
+        """The batches, on the model's device."""
+        self.require(who, loss=needs_targets)
+        assert self.batches is not None
+        yield from read(
+            self.batches,
+            model,
+            who=f"score {who!r}",
+            adapter=self.adapter,
+            needs_targets=needs_targets,
+            progress=self.progress,
+        )
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Keyword arguments of the functions in `sparsetrain.curvature`."""
+        return {"adapter": self.adapter, "progress": self.progress}
+
+    def gradients(
+        self, model: nn.Module, candidates: Sequence[Candidate], who: str
+    ) -> Iterator[tuple[int, dict[str, Tensor]]]:
+        """For each batch its size and the sums over samples of their gradients.
+
+        The model is in evaluation mode meanwhile and `.grad` stays as it is.
+
+        Raises:
+            ValueError: a weight has no gradient in any batch; the message names it.
+        """
+        reached: set[str] = set()
+        names = [candidate.name for candidate in candidates]
+        params = [candidate.param for candidate in candidates]
+        with evaluating(model), wanting(model, params):
+            for batch in self.read(model, who):
+                total = self.total_loss(model, batch, who)
+                found = torch.autograd.grad(total, params, allow_unused=True)
+                gradients = {}
+                for name, param, gradient in zip(names, params, found, strict=True):
+                    if gradient is not None:
+                        reached.add(name)
+                    gradients[name] = torch.zeros_like(param) if gradient is None else gradient
+                yield batch.size, gradients
+        require_reached(names, reached, who)
+
+    def total_loss(self, model: nn.Module, batch: Batch, who: str) -> Tensor:
+        """The sum over samples of each one's own loss."""
+        outputs = batch.forward(model)
+        return sample_losses(self.given(who)[1], outputs, batch.targets, batch.size).sum()
+
+    def mean_gradients(
+        self, model: nn.Module, candidates: Sequence[Candidate], who: str
+    ) -> dict[str, Tensor]:
+        """Name -> mean over all samples of the gradients of their losses."""
+        samples, sums = 0, {c.name: torch.zeros_like(c.param) for c in candidates}
+        for size, gradients in self.gradients(model, candidates, who):
+            samples += size
+            for name, gradient in gradients.items():
+                sums[name] += gradient
+        return {name: total / samples for name, total in sums.items()}
+
+    def watch(self, model: nn.Module, candidates: Sequence[Candidate], who: str, see: See) -> int:
+        """Run all batches forward and show what goes in and out of each candidate's layer.
+
+        Returns:
+            The number of samples.
+
+        Raises:
+            ValueError: a layer is never called; the message names it.
+        """
+        called: set[str] = set()
+        handles = []
+        samples = 0
+
+        def hook(candidate: Candidate) -> Callable[..., None]:
+            def look(module: nn.Module, args: Any, output: Tensor) -> None:
+                called.add(candidate.name)
+                see(candidate, args[0].detach(), output.detach())
+
+            return look
+
+        try:
+            for candidate in candidates:
+                candidate.require_forward(f"score {who!r}")
+                for owner in candidate.owners:
+                    handles.append(owner.register_forward_hook(hook(candidate)))
+            with evaluating(model), torch.no_grad():
+                for batch in self.read(model, who, needs_targets=False):
+                    batch.forward(model)
+                    samples += batch.size
+        finally:
+            for handle in handles:
+                handle.remove()
+        require_reached([c.name for c in candidates], called, who)
+        return samples
+
+
+def require_reached(names: Iterable[str], reached: set[str], who: str) -> None:
+    """Raise ValueError for weights that the data did not reach."""
+    missing = [name for name in names if name not in reached]
+    if missing:
+        raise ValueError(
+            f"score {who!r} saw nothing of {', '.join(missing[:5])}: the model does not use "
+            "it for these batches; leave it out with match"
+        )

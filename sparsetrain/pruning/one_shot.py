@@ -1,0 +1,175 @@
+"""Prune a trained (or untrained) network by a score, in one go or in the score's rounds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from sparsetrain.allocation import Allocation, Global, LayerShape, allocate, parse_allocation
+from sparsetrain.batches import Adapter
+from sparsetrain.calibration import Calibration
+from sparsetrain.candidates import Candidate, choose, unwrapped
+from sparsetrain.curvature.losses import LossFunction
+from sparsetrain.pruning.result import PruneResult
+from sparsetrain.scores import Score
+from sparsetrain.scoring import measured
+from sparsetrain.selection import select, top_k_across
+from sparsetrain.structures import NM, ConstantFanIn, Structure, Unstructured, parse_structure
+
+Scope = Literal["row", "layer", "global"]
+
+
+def prune(
+    model: nn.Module,
+    score: Score | str,
+    sparsity: float | None = None,
+    *,
+    scope: Scope | None = None,
+    structure: Structure | str | Mapping[str, Any] = "unstructured",
+    allocation: Allocation | str | Mapping[str, Any] | None = None,
+    calibration: Iterable[Any] | None = None,
+    loss_fn: LossFunction | None = None,
+    match: str | Sequence[str] | None = None,
+    adapter: Adapter | None = None,
+    seed: int = 0,
+    progress: bool = False,
+) -> PruneResult:
+    """Choose which weights of a network to keep. The model itself does not change.
+
+    Weights that are 0 already stay pruned and count. Counts are exact.
+
+    Args:
+        score: a score of single weights, or its name.
+        sparsity: share of zeros over all chosen weights, in [0, 1); None where `allocation` or an
+            n:m structure sets it.
+        scope: what competes: the weights of each "row" (all inputs of an output), of each "layer",
+            or of the whole model ("global"). None: as the score's paper has it.
+        structure: as for policies, for scope "layer".
+        allocation: densities of the layers, for scopes "row" and "layer"; uniform when None.
+        calibration: batches for scores that need data: an iterable of (inputs, targets), or of
+            what `adapter` makes that of.
+        loss_fn: (outputs, targets) -> scalar, for scores that need a loss.
+        match: glob or globs on names of weights or modules; all Linear and Conv weights that
+            train when None.
+        seed: of whatever is random.
+        progress: whether to show a bar.
+
+    Returns:
+        The masks; `apply()` sets the zeros, `hold(optimizer)` keeps them through training.
+
+    Raises:
+        ValueError: arguments that do not fit each other or the model, data that are missing or do
+            not reach a weight.
+    """
+    model = unwrapped(model)
+    chosen: Score = Score.build(score)
+    if chosen.per_channel:
+        raise ValueError(f"score {chosen.kind!r} is of channels: st.prune takes scores of weights")
+    candidates = choose(model, match)
+    given = Calibration(calibration, loss_fn, adapter, seed, progress)
+    plan = _Plan(candidates, scope or chosen.scope, parse_structure(structure), allocation)
+    rounds = chosen.pruning_rounds
+    if rounds > 1 and (sparsity is None or (given.batches is not None and _is_used_up(given))):
+        raise ValueError(
+            f"score {chosen.kind!r} prunes in {rounds} rounds: give a sparsity, and batches that "
+            "can be read again (a list or a DataLoader)"
+        )
+    masks = {c.name: c.param.detach() != 0 for c in candidates}
+    with _weights_back(candidates if rounds > 1 else []):
+        for number in range(1, rounds + 1):
+            scores = measured(model, chosen, candidates, given)
+            masks = plan.masks(scores, masks, _sparsity_after(sparsity, number / rounds))
+            if number < rounds:
+                _zero(candidates, masks)
+    return PruneResult(model, masks, chosen.kind)
+
+
+class _Plan:
+    """Who competes with whom, and for how many places."""
+
+    def __init__(
+        self,
+        candidates: Sequence[Candidate],
+        scope: Scope,
+        structure: Structure,
+        allocation: Allocation | str | Mapping[str, Any] | None,
+    ) -> None:
+        if scope not in ("row", "layer", "global"):
+            raise ValueError(f"scope={scope!r} is not one of 'row', 'layer', 'global'")
+        if scope != "layer" and not isinstance(structure, Unstructured | NM):
+            raise ValueError(f"scope={scope!r} compares single weights: leave 'structure' out")
+        if scope == "global" and allocation is not None:
+            raise ValueError("scope='global' leaves the densities to the scores: no 'allocation'")
+        is_free = scope == "row" and isinstance(structure, Unstructured)
+        self.structure = ConstantFanIn() if is_free else structure
+        ranks_all = scope == "global" and isinstance(structure, Unstructured)
+        self.allocation = Global() if ranks_all else parse_allocation(allocation or "uniform")
+        self.shapes = []
+        for candidate in candidates:
+            shape = tuple(candidate.param.shape)
+            self.structure.check(shape, candidate.name)
+            quantum = self.structure.quantum(shape)
+            self.shapes.append(LayerShape(candidate.name, shape, quantum))
+
+    def masks(
+        self, scores: Mapping[str, Tensor], before: Mapping[str, Tensor], sparsity: float | None
+    ) -> dict[str, Tensor]:
+        """The best of each group; what was pruned before is worse than anything else."""
+        lowest = min(min(float(values.min()) for values in scores.values()), 0.0)
+        below = 2 * lowest - 1
+        ranked = {name: values.where(before[name], below) for name, values in scores.items()}
+        if isinstance(self.allocation, Global):
+            total = sum(allocate(self.allocation, self.shapes, sparsity).values())
+            chosen = top_k_across(ranked, total)
+        else:
+            counts = self._counts(sparsity)
+            chosen = {
+                name: select(values, counts[name], self.structure, name=name)
+                for name, values in ranked.items()
+            }
+        return {name: mask & before[name] for name, mask in chosen.items()}
+
+    def _counts(self, sparsity: float | None) -> dict[str, int]:
+        if not isinstance(self.structure, NM):
+            return allocate(self.allocation, self.shapes, sparsity)
+        share = self.structure.n / self.structure.m
+        if sparsity is not None and abs(1 - share - sparsity) > 1e-9:
+            raise ValueError(
+                f"structure {self.structure.n}:{self.structure.m} has sparsity {1 - share:g}, not "
+                f"{sparsity}: leave 'sparsity' out or make both agree"
+            )
+        return {s.name: self.structure.fixed_count(s.shape) for s in self.shapes}
+
+
+def _is_used_up(calibration: Calibration) -> bool:
+    batches = calibration.batches
+    return batches is not None and iter(batches) is batches
+
+
+def _sparsity_after(sparsity: float | None, share: float) -> float | None:
+    """The density falls by the same factor in each round (Tanaka et al. 2020, algorithm 1)."""
+    if sparsity is None or share == 1:
+        return sparsity
+    return float(1 - (1 - sparsity) ** share)
+
+
+@contextmanager
+def _weights_back(candidates: Sequence[Candidate]) -> Iterator[None]:
+    """Weights are what they were at the end, whatever happens."""
+    before = [candidate.param.detach().clone() for candidate in candidates]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for candidate, weight in zip(candidates, before, strict=True):
+                candidate.param.copy_(weight)
+
+
+@torch.no_grad()
+def _zero(candidates: Sequence[Candidate], masks: Mapping[str, Tensor]) -> None:
+    for candidate in candidates:
+        candidate.param.masked_fill_(~masks[candidate.name], 0.0)

@@ -1,0 +1,41 @@
+"""SNIP: connection sensitivity of an untrained network."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import Parameter
+
+from sparsetrain.calibration import Calibration
+from sparsetrain.candidates import Candidate
+from sparsetrain.scores.base import Score, gradient_of
+
+
+class SNIP(Score):
+    """|w dL/dw| at initialisation, as a share of the sum over the network.
+
+    Lee et al. 2019, "SNIP: single-shot network pruning based on connection sensitivity", eq. 6. The
+    gradient is that of the mean loss over all samples.
+    """
+
+    kind: Literal["snip"] = "snip"
+    scope: ClassVar[Literal["row", "layer", "global"]] = "global"
+    data: ClassVar[Literal["none", "inputs", "loss"]] = "loss"
+
+    def measure(
+        self, model: nn.Module, candidates: Sequence[Candidate], calibration: Calibration
+    ) -> dict[str, Tensor]:
+        """Sensitivities, of the weight's shape; they add up to 1 over all weights."""
+        gradients = calibration.mean_gradients(model, candidates, self.kind)
+        found = {c.name: (c.param.detach() * gradients[c.name]).abs_() for c in candidates}
+        total = sum(float(value.sum(dtype=torch.float64)) for value in found.values())
+        return {name: value / total for name, value in found.items()} if total else found
+
+    def of(
+        self, name: str, param: Parameter, state: Mapping[str, Any], generator: torch.Generator
+    ) -> Tensor:
+        """|w g| of the current step, of the weight's shape; not a share of anything."""
+        return (param.detach() * gradient_of(name, param, self.kind)).abs_()
