@@ -25,7 +25,7 @@ from sparsetrain.policies import (
     Static,
     VariationalDropout,
 )
-from sparsetrain.pruning import PruneResult, prune
+from sparsetrain.pruning import PruneResult, prune, sparsegpt
 from sparsetrain.recipe import Recipe, Rule
 from sparsetrain.report.events import LayerChange, UpdateEvent
 from sparsetrain.schedules import Schedule, UpdateSchedule
@@ -108,5 +108,6 @@ __all__ = [
     "curvature",
     "prune",
     "score",
+    "sparsegpt",
     "storage",
 ]

@@ -27,6 +27,7 @@ class Calibration:
         loss_fn: (outputs, targets) -> scalar.
         seed: of whatever is random.
         progress: whether to show a bar.
+        noun: what needs the data, for errors.
     """
 
     batches: Iterable[Any] | None = None
@@ -34,13 +35,14 @@ class Calibration:
     adapter: Adapter | None = None
     seed: int = 0
     progress: bool = False
+    noun: str = "score "
 
     def require(self, who: str, *, loss: bool = True) -> None:
         """Raise ValueError unless there is what `who` needs."""
         if self.batches is None:
-            raise ValueError(f"score {who!r} needs data: give batches of (inputs, targets)")
+            raise ValueError(f"{self.noun}{who!r} needs data: give batches of (inputs, targets)")
         if loss and self.loss_fn is None:
-            raise ValueError(f"score {who!r} needs a loss: give loss_fn(outputs, targets)")
+            raise ValueError(f"{self.noun}{who!r} needs a loss: give loss_fn(outputs, targets)")
 
     def given(self, who: str) -> tuple[Iterable[Any], LossFunction]:
         """Batches and loss, which both have to be there."""
@@ -55,7 +57,7 @@ class Calibration:
         yield from read(
             self.batches,
             model,
-            who=f"score {who!r}",
+            who=f"{self.noun}{who!r}",
             adapter=self.adapter,
             needs_targets=needs_targets,
             progress=self.progress,
@@ -89,7 +91,7 @@ class Calibration:
                         reached.add(name)
                     gradients[name] = torch.zeros_like(param) if gradient is None else gradient
                 yield batch.size, gradients
-        require_reached(names, reached, who)
+        require_reached(names, reached, f"{self.noun}{who!r}")
 
     def total_loss(self, model: nn.Module, batch: Batch, who: str) -> Tensor:
         """The sum over samples of each one's own loss."""
@@ -129,7 +131,7 @@ class Calibration:
 
         try:
             for candidate in candidates:
-                candidate.require_forward(f"score {who!r}")
+                candidate.require_forward(f"{self.noun}{who!r}")
                 for owner in candidate.owners:
                     handles.append(owner.register_forward_hook(hook(candidate)))
             with evaluating(model), torch.no_grad():
@@ -139,7 +141,7 @@ class Calibration:
         finally:
             for handle in handles:
                 handle.remove()
-        require_reached([c.name for c in candidates], called, who)
+        require_reached([c.name for c in candidates], called, f"{self.noun}{who!r}")
         return samples
 
 
@@ -148,6 +150,6 @@ def require_reached(names: Iterable[str], reached: set[str], who: str) -> None:
     missing = [name for name in names if name not in reached]
     if missing:
         raise ValueError(
-            f"score {who!r} saw nothing of {', '.join(missing[:5])}: the model does not use "
+            f"{who} saw nothing of {', '.join(missing[:5])}: the model does not use "
             "it for these batches; leave it out with match"
         )

@@ -2,5 +2,6 @@
 
 from sparsetrain.pruning.one_shot import prune
 from sparsetrain.pruning.result import PruneResult
+from sparsetrain.pruning.sparse_gpt import sparsegpt
 
-__all__ = ["PruneResult", "prune"]
+__all__ = ["PruneResult", "prune", "sparsegpt"]

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -15,6 +14,7 @@ from sparsetrain.calibration import Calibration
 from sparsetrain.candidates import Candidate, choose, unwrapped
 from sparsetrain.curvature.losses import LossFunction
 from sparsetrain.pruning.result import PruneResult
+from sparsetrain.pruning.sequence import weights_back
 from sparsetrain.scores import Score
 from sparsetrain.scoring import measured
 from sparsetrain.selection import select, top_k_across
@@ -79,7 +79,7 @@ def prune(
             "can be read again (a list or a DataLoader)"
         )
     masks = {c.name: c.param.detach() != 0 for c in candidates}
-    with _weights_back(candidates if rounds > 1 else []):
+    with weights_back(candidates if rounds > 1 else []):
         for number in range(1, rounds + 1):
             scores = measured(model, chosen, candidates, given)
             masks = plan.masks(scores, masks, _sparsity_after(sparsity, number / rounds))
@@ -155,18 +155,6 @@ def _sparsity_after(sparsity: float | None, share: float) -> float | None:
     if sparsity is None or share == 1:
         return sparsity
     return float(1 - (1 - sparsity) ** share)
-
-
-@contextmanager
-def _weights_back(candidates: Sequence[Candidate]) -> Iterator[None]:
-    """Weights are what they were at the end, whatever happens."""
-    before = [candidate.param.detach().clone() for candidate in candidates]
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for candidate, weight in zip(candidates, before, strict=True):
-                candidate.param.copy_(weight)
 
 
 @torch.no_grad()

@@ -25,12 +25,14 @@ class PruneResult:
     Attributes:
         model: the model.
         masks: name -> bool tensor of the weight's shape, True where kept.
-        score: kind of the score.
+        score: kind of the score, or name of the method.
+        weights: what the kept weights become, for methods that change them; None: they stay.
     """
 
     model: nn.Module
     masks: dict[str, Tensor]
     score: str
+    weights: dict[str, Tensor] | None = None
 
     @property
     def sparsity(self) -> float:
@@ -40,22 +42,37 @@ class PruneResult:
 
     @torch.no_grad()
     def apply(self) -> nn.Module:
-        """Set the pruned weights to exactly 0, in place; returns the model."""
-        weights = {candidate.name: candidate.param for candidate in find_candidates(self.model)}
+        """Set the pruned weights to exactly 0 (and the others anew), in place.
+
+        Returns:
+            The model.
+        """
+        params = {candidate.name: candidate.param for candidate in find_candidates(self.model)}
         for name, mask in self.masks.items():
-            weights[name].masked_fill_(~mask.to(weights[name].device), 0.0)
+            if self.weights is not None:
+                params[name].copy_(self.weights[name])
+            params[name].masked_fill_(~mask.to(params[name].device), 0.0)
         return self.model
 
     def hold(
         self, optimizer: Optimizer, *, seed: int = 0, storage: str = "masked"
     ) -> SparseOptimizer:
-        """Set the pruned weights to 0 and keep them there while `optimizer` trains the others.
+        """`apply`, and keep the zeros while `optimizer` trains the other weights.
 
         Args:
             optimizer: any torch optimizer over the model's parameters.
             storage: as for `SparseOptimizer`.
         """
-        return SparseOptimizer(optimizer, self.model, self.recipe(), seed=seed, storage=storage)
+        params = [c.param for c in find_candidates(self.model) if c.name in self.masks]
+        before = [param.detach().clone() for param in params]
+        self.apply()
+        try:
+            return SparseOptimizer(optimizer, self.model, self.recipe(), seed=seed, storage=storage)
+        except Exception:
+            with torch.no_grad():
+                for param, weight in zip(params, before, strict=True):
+                    param.copy_(weight)
+            raise
 
     def recipe(self) -> Recipe:
         """A rule with a `Static` mask for each weight; other weights stay dense."""

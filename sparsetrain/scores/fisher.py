@@ -74,5 +74,5 @@ def weighted(
         ValueError: a weight has no curvature at all, as the data do not reach it.
     """
     names = [candidate.name for candidate in candidates]
-    require_reached(names, {name for name in names if diagonal[name].any()}, who)
+    require_reached(names, {name for name in names if diagonal[name].any()}, f"score {who!r}")
     return {c.name: 0.5 * diagonal[c.name] * c.param.detach().square() for c in candidates}

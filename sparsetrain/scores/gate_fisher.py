@@ -50,7 +50,7 @@ class GateFisher(Score):
         finally:
             for handle in handles:
                 handle.remove()
-        require_reached([c.name for c in candidates], set(sums), self.kind)
+        require_reached([c.name for c in candidates], set(sums), f"score {self.kind!r}")
         return {name: 0.5 * total / samples for name, total in sums.items()}
 
 
