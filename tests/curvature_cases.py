@@ -128,6 +128,13 @@ def _masked() -> nn.Module:
     return model
 
 
+def _hooked() -> nn.Module:
+    """A hook changes what a layer gives."""
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
+    model[0].register_forward_hook(lambda module, args, output: output * 2)
+    return model
+
+
 _ATTENTION = tuple(
     f"block.self_attn.{name}"
     for name in ("in_proj_weight", "in_proj_bias", "out_proj.weight", "out_proj.bias")
@@ -158,7 +165,8 @@ _MADE: dict[str, Callable[[], tuple[nn.Module, Tensor, int, tuple[str, ...]]]] =
         (),
     ),
     "unused": lambda: (Unused(), torch.randn(7, 6), 3, ("scale",)),
-    "parametrized": lambda: (_masked(), torch.randn(7, 6), 3, (*_BEHIND, "0.bias")),
+    "parametrized": lambda: (_masked(), torch.randn(7, 6), 3, _BEHIND),
+    "hooked": lambda: (_hooked(), torch.randn(7, 6), 3, ("0.weight", "0.bias")),
     "relu": lambda: (
         _flat(
             nn.Conv2d(1, 3, 3),

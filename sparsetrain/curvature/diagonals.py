@@ -1,13 +1,14 @@
 """Sums of squared per-sample gradients, in the fastest way that is right.
 
-Which way is right is found out once, on two samples: a layer's short way has to give what autograd
-gives one sample at a time. It does not where a function uses the weight, too (a tied output
-projection), where a parametrization stands before it, or where samples are not along dimension 0.
-Such parameters take `vmap` over samples.
+A layer's short way is right when autograd's graph has no other use of its parameters than calls of
+known layers, and when samples are along dimension 0 of what goes in and out. It is wrong where a
+function uses the weight, too (a tied output projection), where a parametrization stands before it,
+or a hook changes what the layer does. Such parameters take `vmap` over samples.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import Any, Literal, NamedTuple
@@ -15,20 +16,18 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
-from torch.nn.utils.parametrize import is_parametrized
 
 from sparsetrain.batches import Batch
 from sparsetrain.config import did_you_mean
 from sparsetrain.curvature import layers, vmapped
 from sparsetrain.curvature.evaluating import wanting
+from sparsetrain.curvature.graph import uses_of_parameters
 from sparsetrain.curvature.losses import LossFunction, sample_losses
 from sparsetrain.curvature.recording import Recording
 
 Method = Literal["auto", "vmap", "loop"]
 #: Numbers that per-sample gradients may take at a time.
 BUDGET = 1 << 24
-#: Of the norm. A ReLU at its kink differs between batch sizes; wrong ways differ by far more.
-_TOLERANCE = 0.05
 
 
 class Diagonal(dict[str, Tensor]):
@@ -93,7 +92,7 @@ class SquareSums:
         self.method = method
         self.budget = budget
         self.samples = 0
-        self.sums = {name: torch.zeros_like(p) for name, p in parameters.items()}
+        self.sums: dict[str, Tensor] = {}
         #: Layers that have a short way, and the parameters that need a long one.
         self.modules: dict[str, nn.Module] = {}
         self.slow: dict[str, Parameter] | None = None
@@ -101,24 +100,32 @@ class SquareSums:
     def add(self, batch: Batch, passes: Passes) -> None:
         """Add a batch."""
         if self.slow is None:
-            self.slow = self._need_a_long_way(batch.part(0, 2), passes)
+            # Not the size of the batch: a dimension as long as that must not pass for its samples.
+            self.slow = self._need_a_long_way(batch.part(0, 1 if batch.size == 2 else 2))
         self.samples += batch.size
         done = []
         with wanting(self.model, ()):
             recording = Recording(self.model, self.modules, batch, self.budget)
+            self.slow |= self._named(recording.without_samples())
             for one, is_last in _with_last(passes(recording.outputs, batch.targets)):
                 done.append(one)
                 for name, square in self._short(recording, one, again=not is_last).items():
                     if name not in self.slow:
-                        self.sums[name] += square
+                        self._add(name, square)
         for one in done if self.slow else ():
             for gradients in self._long(replace(batch, targets=one.targets), one.loss_fn):
                 for name, gradient in gradients.items():
-                    self.sums[name] += gradient.square().sum(0)  # it may be expanded
+                    self._add(name, gradient.square().sum(0))  # the gradient may be expanded
 
     def means(self) -> dict[str, Tensor]:
-        """The sums over the number of samples."""
-        return {name: total / self.samples for name, total in self.sums.items()}
+        """The sums over the number of samples; 0 for parameters that are not used."""
+        return {
+            name: self.sums[name] / self.samples if name in self.sums else torch.zeros_like(p)
+            for name, p in self.parameters.items()
+        }
+
+    def _add(self, name: str, square: Tensor) -> None:
+        self.sums[name] = self.sums[name].add_(square) if name in self.sums else square
 
     def _short(self, recording: Recording, one: Pass, *, again: bool = False) -> dict[str, Tensor]:
         """Sums of squares by layers, for the parameters that are wanted."""
@@ -141,8 +148,8 @@ class SquareSums:
         with wanting(self.model, parameters.values()):
             yield from vmapped.looped_gradients(self.model, parameters, batch, loss_fn)
 
-    def _need_a_long_way(self, few: Batch, passes: Passes) -> dict[str, Parameter]:
-        """The parameters whose short way does not give what autograd gives on two samples."""
+    def _need_a_long_way(self, few: Batch) -> dict[str, Parameter]:
+        """The parameters whose short way would leave something out, by a pass over few samples."""
         if self.method != "auto":
             return self.parameters
         wanted = {id(parameter) for parameter in self.parameters.values()}
@@ -150,23 +157,22 @@ class SquareSums:
             name: module
             for name, module in self.model.named_modules()
             if layers.is_known(module)
-            and not is_parametrized(module)
             and any(id(p) in wanted for p in module.parameters(recurse=False))
         }
-        with wanting(self.model, ()):
+        with wanting(self.model, self.parameters.values()):
             recording = Recording(self.model, self.modules, few, self.budget)
-            one = next(iter(passes(recording.outputs, few.targets)))
-            short = self._short(recording, one)
-        right = {name: torch.zeros_like(p) for name, p in self.parameters.items()}
-        few = replace(few, targets=one.targets)
-        for gradients in self._looped(self.parameters, few, one.loss_fn):
-            for name, gradient in gradients.items():
-                right[name] += gradient.square().sum(0)
+            in_graph = uses_of_parameters(recording.outputs)
+        known = Counter(id(p) for use in recording.uses for p in use.parameters())
+        without = {id(parameter) for parameter in recording.without_samples()}
         return {
-            name: self.parameters[name]
-            for name, value in right.items()
-            if not _agree(short.get(name), value)
+            name: p
+            for name, p in self.parameters.items()
+            if known[id(p)] != in_graph[id(p)] or id(p) in without
         }
+
+    def _named(self, parameters: Iterable[Parameter]) -> dict[str, Parameter]:
+        found = {id(parameter) for parameter in parameters}
+        return {name: p for name, p in self.parameters.items() if id(p) in found}
 
 
 def _with_last(passes: Iterable[Pass]) -> Iterator[tuple[Pass, bool]]:
@@ -178,10 +184,3 @@ def _with_last(passes: Iterable[Pass]) -> Iterator[tuple[Pass, bool]]:
         before = one
     if before is not None:
         yield before, True
-
-
-def _agree(short: Tensor | None, right: Tensor) -> bool:
-    size = right.norm()
-    if short is None:
-        return not size  # a parameter that is not used
-    return bool((short - right).norm() <= _TOLERANCE * size)

@@ -21,7 +21,8 @@ PerSample = Callable[[Any, Tensor, Tensor], Gradients]
 
 def is_known(module: nn.Module) -> bool:
     """Whether the layer's gradients can be had from its input and the gradient of its output."""
-    return _rule(module) is not None
+    has_hooks = bool(module._forward_hooks or module._forward_pre_hooks)
+    return _rule(module) is not None and not has_hooks
 
 
 def per_sample(module: nn.Module, given: Tensor, back: Tensor) -> Gradients:

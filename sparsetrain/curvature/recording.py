@@ -30,11 +30,17 @@ class Use:
     module: nn.Module
     given: Tensor
     version: int
+    size: int  # of dimension 0 of the output
     back: Tensor | None = None
 
     def has_samples(self, size: int) -> bool:
-        """Whether samples are along dimension 0 of what went in and of what came back."""
-        return len(self.given) == size and (self.back is None or len(self.back) == size)
+        """Whether samples are along dimension 0 of what went in and out."""
+        return len(self.given) == self.size == size
+
+    def parameters(self) -> list[Parameter]:
+        """Those of the layer that its rule knows."""
+        leaves = (self.module._parameters.get(leaf) for leaf in ("weight", "bias"))
+        return [leaf for leaf in leaves if leaf is not None]
 
 
 class Recording:
@@ -71,7 +77,7 @@ class Recording:
         begun: Tensor | None = None
         if not output.requires_grad:
             output = begun = _Begin.apply(output, self._start)  # type: ignore[no-untyped-call]
-        use = Use(name, module, given.detach(), given._version)
+        use = Use(name, module, given.detach(), given._version, len(output))
         output.register_hook(partial(self._came_back, use))
         self.uses.append(use)
         return begun
@@ -80,10 +86,15 @@ class Recording:
         """Uses of parameters that no other use has."""
         users: dict[int, list[Use]] = {}
         for use in self.uses:
-            for parameter in use.module.parameters(recurse=False):
+            for parameter in use.parameters():
                 users.setdefault(id(parameter), []).append(use)
         shared = {id(use) for found in users.values() if len(found) > 1 for use in found}
         return {id(use) for use in self.uses} - shared
+
+    def without_samples(self) -> list[Parameter]:
+        """Parameters of layers whose input or output has no dimension 0 of samples."""
+        uses = [use for use in self.uses if not use.has_samples(self.size)]
+        return [parameter for use in uses for parameter in use.parameters()]
 
     def sums_of_squares(
         self, outputs: Tensor, back: Tensor | None = None, *, again: bool = False

@@ -46,6 +46,16 @@ def test_only_what_has_to_takes_the_long_way(name: str) -> None:
     assert set(sums.slow or {}) == set(made.slow)
 
 
+@pytest.mark.parametrize("samples", [1, 2, 3])
+@pytest.mark.parametrize("steps", [1, 2, 3])
+def test_a_dimension_as_long_as_the_batch_does_not_pass_for_it(samples: int, steps: int) -> None:
+    made = case("time_first")
+    x = torch.randn(samples, steps, 6, dtype=torch.float64)
+    made = made._replace(x=x, y=made.y[:samples])
+    found = fisher_diagonal(made.model, [(x, made.y)], F.cross_entropy)
+    assert largest_error(found, slow_fisher(made, F.cross_entropy)) < 1e-12
+
+
 @each_case
 @pytest.mark.parametrize("method", ["vmap", "loop"])
 def test_per_sample_gradients_are_those_of_each_sample(name: str, method: Any) -> None:
