@@ -118,9 +118,9 @@ class SquareSums:
                     self._add(name, gradient.square().sum(0))  # the gradient may be expanded
 
     def means(self) -> dict[str, Tensor]:
-        """The sums over the number of samples; 0 for parameters that are not used."""
+        """The sums over the number of samples; 0 for parameters that are not used. Ends it all."""
         return {
-            name: self.sums[name] / self.samples if name in self.sums else torch.zeros_like(p)
+            name: self.sums[name].div_(self.samples) if name in self.sums else torch.zeros_like(p)
             for name, p in self.parameters.items()
         }
 
