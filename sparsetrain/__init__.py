@@ -25,7 +25,7 @@ from sparsetrain.policies import (
     Static,
     VariationalDropout,
 )
-from sparsetrain.pruning import PruneResult, prune, sparsegpt
+from sparsetrain.pruning import PruneResult, owl, prune, sparsegpt
 from sparsetrain.recipe import Recipe, Rule
 from sparsetrain.report.events import LayerChange, UpdateEvent
 from sparsetrain.schedules import Schedule, UpdateSchedule
@@ -106,6 +106,7 @@ __all__ = [
     "compress",
     "cost",
     "curvature",
+    "owl",
     "prune",
     "score",
     "sparsegpt",

@@ -27,6 +27,7 @@ STYLES = {
     "hard_concrete": ("#D55E00", "v"),
     "gumbel_softmax": ("#E69F00", "P"),
     "variational_dropout": ("#CC79A7", "X"),
+    "variational_dropout_long": ("#CC79A7", "d"),
     "movement": ("#009E73", "*"),
     "soft_movement": ("#56B4E9", "h"),
 }
