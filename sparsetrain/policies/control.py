@@ -35,11 +35,14 @@ class Steering:
         start: its first value, against the size at which penalty and loss pull alike.
         gain: log-multiplier gained over the whole ramp by being too dense by a factor of e.
         damping: answer to the present error alone, in log-multiplier a unit of log density.
+        least_pull: of the penalty on a gate, on average, for its first value; where decided gates
+            hardly feel the penalty any more, it must not grow without end.
     """
 
     start: float = 0.01
     gain: float = 50.0
     damping: float = 30.0
+    least_pull: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -85,7 +88,7 @@ def begin_strength(steering: Steering, memory: dict[str, Any], budget: Budget) -
         parameter.grad = None
     for target in targets:
         target.learned.add_penalty_gradient(target.param, 1.0)
-    of_penalty = _mean_size(gates)
+    of_penalty = max(_mean_size(gates), steering.least_pull)
     for parameter, gradient in zip(parameters, gradients, strict=True):
         parameter.grad = gradient
     if of_loss > 0 and of_penalty > 0:

@@ -158,3 +158,20 @@ def test_the_soft_penalty_pulls_as_hard_as_the_loss_at_every_update() -> None:
         optimizer.step()
         if step % 3 == 0:
             assert memory["all.strength"] * slopes == pytest.approx(of_loss, rel=1e-4)
+
+
+def test_the_soft_penalty_fades_where_all_scores_are_decided() -> None:
+    policy = st.Movement(
+        sparsity=0.8, total_steps=STEPS, update={"every": 3}, mode="threshold", allocation="global"
+    )
+    model, optimizer = wrap("sgd", policy)
+    for target in optimizer.targets.values():
+        target.learned.scores.data.fill_(200.0)
+    backward(model, 0)
+    found = [target.learned.scores.grad.detach() for target in optimizer.targets.values()]
+    mean = sum(float(g.abs().sum()) for g in found) / sum(g.numel() for g in found)
+    optimizer.step()
+    memory = optimizer._keeper.groups[0][1].memory
+    assert memory["all.strength"] == pytest.approx(mean / 0.0025, rel=1e-4)
+    train(model, optimizer, 1, STEPS)
+    assert all(target.learned.scores.isfinite().all() for target in optimizer.targets.values())
