@@ -282,22 +282,28 @@ def tables(rows: list[common.Record], gaps: list[common.Record]) -> str:
         return [LABELS[method], *(write(row) if row else "" for row in mine)]
 
     def percent(row: common.Record) -> str:
-        return f"{row['test_accuracy']:.2f} ± {row['standard_error']:.2f}"
+        return _mean_of(row, "test_accuracy")
 
     present = [method for method in LABELS if any(row["method"] == method for row in rows)]
-    by_pair = {(gap["better"], gap["kept"]): gap for gap in gaps}
+    by_pair = {(gap["better"], gap["worse"], gap["kept"]): gap for gap in gaps}
     pairs = []
     for movement, magnitude in PAIRS:
-        if not any(gap["better"] == movement for gap in gaps):
+        mine = [by_pair.get((movement, magnitude, kept)) for kept in KEPT]
+        if not any(mine):
             continue
-        mine = [by_pair.get((movement, kept)) for kept in KEPT]
-        words = [f"{g['advantage']:+.2f} ± {g['standard_error']:.2f}" if g else "" for g in mine]
+        words = [_mean_of(gap, "advantage", sign="+") if gap else "" for gap in mine]
         pairs.append([f"{LABELS[movement]} over {LABELS[magnitude].lower()}", *words])
     parts = (
         ("Test accuracy [%], mean ± standard error", [cells(m, percent) for m in present]),
         ("Advantage in test accuracy [percentage points], paired by seed", pairs),
     )
     return "\n\n".join(f"{t}:\n\n" + common.markdown_table(["", *head], body) for t, body in parts)
+
+
+def _mean_of(row: common.Record, field: str, *, sign: str = "") -> str:
+    """With its standard error, if there is more than one seed."""
+    error = f" ± {row['standard_error']:.2f}" if row["seeds"] > 1 else ""
+    return f"{row[field]:{sign}.2f}{error}"
 
 
 def jobs(
