@@ -49,7 +49,7 @@ def begin(network: str, method: str, sparsity: float, seed: int, epochs: int) ->
     steps = epochs * len(dataset.train_x) // BATCH
     model = build(network, in_shape=dataset.in_shape, classes=10, seed=seed)
     torch.manual_seed(seed)
-    optimizer = chosen.optimizer(model.parameters())
+    optimizer = chosen.optimizer(model.parameters(), network)
     if chosen.policy is not None:
         policy = chosen.policy(sparsity, steps)
         optimizer = st.SparseOptimizer(optimizer, model, policy, seed=seed)
