@@ -51,11 +51,9 @@ def check_steps() -> None:
     at_once = st.UpdateSchedule(every=10, start=5, stop=6)
     top_k = st.Movement(sparsity=SPARSITY, total_steps=100, allocation="global", update=at_once)
     decay = st.SoftThreshold(strength=1e-2, initial=-4.0)
-    pulled = st.Movement(mode="threshold", strength=1e-5, mask_lr=0.3, allocation="global")
     policies = {
         "soft_threshold": ("SGD", decay),
         "movement": ("Adam", top_k),
-        "soft_movement": ("Adam", pulled),
     }
     for method, (optimizer, policy) in policies.items():
         ours = Ours("lenet_300_100", optimizer, policy)

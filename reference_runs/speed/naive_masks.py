@@ -100,15 +100,8 @@ class NaiveTopScores(NaiveMask):
         return weight * (self.chosen + (self.gates - self.gates.detach()))
 
 
-class NaiveScoresAbove(NaiveMask):
-    """Soft movement: sigmoid(score) above a threshold is kept."""
-
-    threshold = 0.1
-
-    def forward(self, weight: Tensor) -> Tensor:
-        """w m, straight-through."""
-        kept = (torch.sigmoid(self.gates) > self.threshold).to(weight.dtype)
-        return weight * (kept + (self.gates - self.gates.detach()))
+class NaiveSoftScores(NaiveTopScores):
+    """Soft movement: the same with a regulariser."""
 
     def penalty(self) -> Tensor:
         """sum of sigmoid(score)."""
