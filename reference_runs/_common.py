@@ -215,6 +215,15 @@ def standard_error(values: Sequence[float]) -> float:
     return statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
 
 
+def advantage(pairs: Sequence[float]) -> dict[str, Any]:
+    """Mean and standard error of differences that are paired by seed."""
+    return {
+        "advantage": round(mean(pairs), 3),
+        "standard_error": round(standard_error(pairs), 3),
+        "seeds": len(pairs),
+    }
+
+
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Write readable JSON: one line a leaf list, so that curves do not fill the screen."""
     path.write_text(_to_json(value) + "\n", encoding="utf-8")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,7 +29,6 @@ class Calibration:
         loss_fn: (outputs, targets) -> scalar.
         seed: of whatever is random.
         progress: whether to show a bar.
-        noun: what needs the data, for errors.
     """
 
     batches: Iterable[Any] | None = None
@@ -35,20 +36,24 @@ class Calibration:
     adapter: Adapter | None = None
     seed: int = 0
     progress: bool = False
-    noun: str = "score "
 
     def require(self, who: str, *, loss: bool = True) -> None:
         """Raise ValueError unless there is what `who` needs."""
         if self.batches is None:
-            raise ValueError(f"{self.noun}{who!r} needs data: give batches of (inputs, targets)")
+            raise ValueError(f"{who} needs data: give batches of (inputs, targets)")
         if loss and self.loss_fn is None:
-            raise ValueError(f"{self.noun}{who!r} needs a loss: give loss_fn(outputs, targets)")
+            raise ValueError(f"{who} needs a loss: give loss_fn(outputs, targets)")
 
     def given(self, who: str) -> tuple[Iterable[Any], LossFunction]:
         """Batches and loss, which both have to be there."""
         self.require(who)
         assert self.batches is not None and self.loss_fn is not None
         return self.batches, self.loss_fn
+
+    def require_rereadable(self, who: str) -> None:
+        """Raise ValueError for an iterator, which is used up when it was read once."""
+        if self.batches is not None and iter(self.batches) is self.batches:
+            raise ValueError(f"{who} reads the batches several times: give a list or a DataLoader")
 
     def read(self, model: nn.Module, who: str, *, needs_targets: bool = True) -> Iterator[Batch]:
         """The batches, on the model's device."""
@@ -57,7 +62,7 @@ class Calibration:
         yield from read(
             self.batches,
             model,
-            who=f"{self.noun}{who!r}",
+            who=who,
             adapter=self.adapter,
             needs_targets=needs_targets,
             progress=self.progress,
@@ -91,7 +96,7 @@ class Calibration:
                         reached.add(name)
                     gradients[name] = torch.zeros_like(param) if gradient is None else gradient
                 yield batch.size, gradients
-        require_reached(names, reached, f"{self.noun}{who!r}")
+        require_reached(names, reached, who)
 
     def total_loss(self, model: nn.Module, batch: Batch, who: str) -> Tensor:
         """The sum over samples of each one's own loss."""
@@ -119,30 +124,42 @@ class Calibration:
             ValueError: a layer is never called; the message names it.
         """
         called: set[str] = set()
-        handles = []
         samples = 0
 
-        def hook(candidate: Candidate) -> Callable[..., None]:
-            def look(module: nn.Module, args: Any, output: Tensor) -> None:
-                called.add(candidate.name)
-                see(candidate, args[0].detach(), output.detach())
+        def look(candidate: Candidate, given: Tensor, output: Tensor) -> None:
+            called.add(candidate.name)
+            see(candidate, given.detach(), output.detach())
 
-            return look
-
-        try:
-            for candidate in candidates:
-                candidate.require_forward(f"{self.noun}{who!r}")
-                for owner in candidate.owners:
-                    handles.append(owner.register_forward_hook(hook(candidate)))
-            with evaluating(model), torch.no_grad():
-                for batch in self.read(model, who, needs_targets=False):
-                    batch.forward(model)
-                    samples += batch.size
-        finally:
-            for handle in handles:
-                handle.remove()
-        require_reached([c.name for c in candidates], called, f"{self.noun}{who!r}")
+        with watched(candidates, who, look), evaluating(model), torch.no_grad():
+            for batch in self.read(model, who, needs_targets=False):
+                batch.forward(model)
+                samples += batch.size
+        require_reached([c.name for c in candidates], called, who)
         return samples
+
+
+@contextmanager
+def watched(candidates: Sequence[Candidate], who: str, see: See) -> Iterator[None]:
+    """Show every call of the candidates' layers, as autograd sees it.
+
+    Raises:
+        ValueError: a layer is not called by itself, so that hooks on it are not.
+    """
+    handles = []
+    try:
+        for candidate in candidates:
+            candidate.require_forward(who)
+            for owner in candidate.owners:
+                hook = partial(_show, see, candidate)
+                handles.append(owner.register_forward_hook(hook))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _show(see: See, candidate: Candidate, module: nn.Module, args: Any, output: Tensor) -> None:
+    see(candidate, args[0], output)
 
 
 def require_reached(names: Iterable[str], reached: set[str], who: str) -> None:
@@ -153,3 +170,8 @@ def require_reached(names: Iterable[str], reached: set[str], who: str) -> None:
             f"{who} saw nothing of {', '.join(missing[:5])}: the model does not use "
             "it for these batches; leave it out with match"
         )
+
+
+def in_float(values: Tensor) -> Tensor:
+    """Half precisions as float32, for sums."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))

@@ -55,12 +55,12 @@ def measured(
 ) -> dict[str, Tensor]:
     """The score of each candidate, which has to be finite."""
     if score.data != "none":
-        calibration.require(score.kind, loss=score.data == "loss")
+        calibration.require(score.title, loss=score.data == "loss")
     found = score.measure(model, candidates, calibration)
     for name, values in found.items():
         if not values.isfinite().all():
             raise ValueError(
-                f"score {score.kind!r} of {name} is not finite: look for weights or gradients that "
+                f"{score.title} of {name} is not finite: look for weights or gradients that "
                 "are NaN or infinite"
             )
     return found

@@ -112,6 +112,15 @@ class NM(Structure):
         """The fixed count itself."""
         return self.fixed_count(shape)
 
+    def check_sparsity(self, sparsity: float | None) -> None:
+        """Raise ValueError for a sparsity that is not ``1 - n/m``; None is no claim."""
+        own = 1 - self.n / self.m
+        if sparsity is not None and abs(sparsity - own) > 1e-9:
+            raise ValueError(
+                f"structure {self.n}:{self.m} has sparsity {own:.4g}, not {sparsity}: leave "
+                "'sparsity' out or make both agree"
+            )
+
     def fixed_count(self, shape: Shape) -> int:
         """``n/m`` of the weights."""
         return math.prod(shape) // self.m * self.n

@@ -164,16 +164,8 @@ def orderings(runs: list[common.Record]) -> list[common.Record]:
                 if {(worse, sparsity, seed), (better, sparsity, seed)} <= errors.keys()
             ]
             if pairs:
-                rows.append(
-                    {
-                        "better": better,
-                        "worse": worse,
-                        "sparsity": sparsity,
-                        "advantage": round(common.mean(pairs), 3),
-                        "standard_error": round(common.standard_error(pairs), 3),
-                        "seeds": len(pairs),
-                    }
-                )
+                names = {"better": better, "worse": worse, "sparsity": sparsity}
+                rows.append({**names, **common.advantage(pairs)})
     return rows
 
 

@@ -13,8 +13,10 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from reference_runs import _common as common
-from reference_runs.movement_minilm.run import HERE, LABELS, SPARSE
+from reference_runs.movement_minilm.tables import LABELS, SPARSE
 from sparsetrain.report import plots
+
+HERE = Path(__file__).parent
 
 
 def main() -> None:

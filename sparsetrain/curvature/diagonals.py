@@ -17,10 +17,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
-from sparsetrain.batches import Batch
+from sparsetrain.batches import Adapter, Batch, read
+from sparsetrain.candidates import unwrapped
 from sparsetrain.config import did_you_mean
 from sparsetrain.curvature import layers, vmapped
-from sparsetrain.curvature.evaluating import wanting
+from sparsetrain.curvature.evaluating import evaluating, wanting
 from sparsetrain.curvature.graph import uses_of_parameters
 from sparsetrain.curvature.losses import LossFunction, sample_losses
 from sparsetrain.curvature.recording import Recording
@@ -173,6 +174,27 @@ class SquareSums:
     def _named(self, parameters: Iterable[Parameter]) -> dict[str, Parameter]:
         found = {id(parameter) for parameter in parameters}
         return {name: p for name, p in self.parameters.items() if id(p) in found}
+
+
+def mean_squares(
+    model: nn.Module,
+    batches: Iterable[Any],
+    passes: Passes,
+    *,
+    who: str,
+    parameters: Iterable[str] | None,
+    method: Method,
+    adapter: Adapter | None,
+    budget: int,
+    progress: bool,
+) -> tuple[dict[str, Tensor], int]:
+    """Means over all samples of the squared gradients of some passes, and how many samples."""
+    model = unwrapped(model)
+    sums = SquareSums(model, chosen_parameters(model, parameters), method, budget)
+    with evaluating(model):
+        for batch in read(batches, model, who=who, adapter=adapter, progress=progress):
+            sums.add(batch, passes)
+    return sums.means(), sums.samples
 
 
 def _with_last(passes: Iterable[Pass]) -> Iterator[tuple[Pass, bool]]:

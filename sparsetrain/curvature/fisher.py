@@ -16,8 +16,8 @@ from sparsetrain.curvature.diagonals import (
     Diagonal,
     Method,
     Pass,
-    SquareSums,
     chosen_parameters,
+    mean_squares,
 )
 from sparsetrain.curvature.evaluating import evaluating, wanting
 from sparsetrain.curvature.losses import LossFunction, sampled_labels
@@ -142,12 +142,16 @@ def fisher_diagonal(
             targets = sampled_labels(outputs, generator)
         yield Pass(loss_fn, targets)
 
-    model = unwrapped(model)
-    sums = SquareSums(model, chosen_parameters(model, parameters), method, budget)
-    with evaluating(model):
-        for batch in read(
-            batches, model, who="fisher_diagonal", adapter=adapter, progress=progress
-        ):
-            sums.add(batch, passes)
+    means, samples = mean_squares(
+        model,
+        batches,
+        passes,
+        who="fisher_diagonal",
+        parameters=parameters,
+        method=method,
+        adapter=adapter,
+        budget=budget,
+        progress=progress,
+    )
     name = "empirical Fisher" if labels == "data" else "Fisher, labels drawn from the model"
-    return Diagonal(sums.means(), name, sums.samples)
+    return Diagonal(means, name, samples)

@@ -8,18 +8,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from sparsetrain.batches import Adapter, read
-from sparsetrain.candidates import unwrapped
+from sparsetrain.batches import Adapter
 from sparsetrain.curvature import roots
 from sparsetrain.curvature.diagonals import (
     BUDGET,
     Diagonal,
     Method,
     Pass,
-    SquareSums,
-    chosen_parameters,
+    mean_squares,
 )
-from sparsetrain.curvature.evaluating import evaluating
 from sparsetrain.curvature.losses import LossFunction
 
 Estimate = Literal["exact", "monte_carlo"]
@@ -81,13 +78,19 @@ def ggn_diagonal(
             for _ in range(probes):
                 yield Pass(_product, share * roots.mixture(loss_fn, outputs, targets, generator))
 
-    model = unwrapped(model)
-    sums = SquareSums(model, chosen_parameters(model, parameters), method, budget)
-    with evaluating(model):
-        for batch in read(batches, model, who="ggn_diagonal", adapter=adapter, progress=progress):
-            sums.add(batch, passes)
+    means, samples = mean_squares(
+        model,
+        batches,
+        passes,
+        who="ggn_diagonal",
+        parameters=parameters,
+        method=method,
+        adapter=adapter,
+        budget=budget,
+        progress=progress,
+    )
     name = "GGN" if estimate == "exact" else f"GGN, Monte Carlo with {probes} probes"
-    return Diagonal(sums.means(), name, sums.samples)
+    return Diagonal(means, name, samples)
 
 
 def _product(outputs: Tensor, back: Tensor) -> Tensor:

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sparsetrain.convolution import padded_input
+
 #: Leaf name, "weight" or "bias" -> tensor.
 Gradients = dict[str, Tensor]
 PerSample = Callable[[Any, Tensor, Tensor], Gradients]
@@ -86,12 +88,7 @@ def _linear(module: nn.Linear, given: Tensor, back: Tensor) -> Gradients:
 
 def _convolution(module: Any, given: Tensor, back: Tensor) -> Gradients:
     bias = back.flatten(2).sum(2)
-    if module.padding_mode != "zeros":
-        mode = module.padding_mode
-        given = F.pad(given, module._reversed_padding_repeated_twice, mode=mode)
-        padding: tuple[int, ...] = (0,) * len(module.stride)
-    else:
-        given, padding = _even(module, given)
+    given, padding = padded_input(module, given)
     samples, channels, outputs = len(given), given.shape[1], back.shape[1]
     # All samples as groups of one convolution, whose weights have a copy for every sample.
     weight = module.weight.new_empty(1).expand(samples * outputs, *module.weight.shape[1:])
@@ -109,16 +106,6 @@ def _convolution(module: Any, given: Tensor, back: Tensor) -> Gradients:
         [False, True, False],
     )
     return {"weight": gradient.reshape(samples, *module.weight.shape), "bias": bias}
-
-
-def _even(module: Any, given: Tensor) -> tuple[Tensor, tuple[int, ...]]:
-    """The input with what the two sides of it differ in, and padding that both have."""
-    if not isinstance(module.padding, str):
-        return given, tuple(module.padding)
-    both = module._reversed_padding_repeated_twice
-    if any(both):
-        given = F.pad(given, both)
-    return given, (0,) * len(module.stride)
 
 
 def _normalised(module: Any, given: Tensor, back: Tensor, unit: Tensor, dims: int) -> Gradients:

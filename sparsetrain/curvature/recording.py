@@ -96,14 +96,11 @@ class Recording:
         uses = [use for use in self.uses if not use.has_samples(self.size)]
         return [parameter for use in uses for parameter in use.parameters()]
 
-    def sums_of_squares(
-        self, outputs: Tensor, back: Tensor | None = None, *, again: bool = False
-    ) -> Sums:
+    def sums_of_squares(self, total: Tensor, *, again: bool = False) -> Sums:
         """Squares of per-sample gradients, summed over the samples.
 
         Args:
-            outputs: a function of the model's outputs, which depends on each sample by itself.
-            back: gradient on it; None for a scalar.
+            total: a sum over samples of a function of each one's outputs.
             again: whether there will be another call.
 
         Returns:
@@ -113,7 +110,7 @@ class Recording:
         self._sums = {}
         for use in self.uses:
             use.back = None
-        torch.autograd.grad(outputs, self._start, back, retain_graph=again, allow_unused=True)
+        torch.autograd.grad(total, self._start, retain_graph=again, allow_unused=True)
         self._add_shared()
         return self._sums
 

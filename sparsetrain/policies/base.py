@@ -58,21 +58,13 @@ class Policy(Kinded):
         if self._needs_sparsity() and self.sparsity is None:
             raise ValueError("'sparsity' is missing: the share of zeros, in [0, 1)")
         self._structure_fits()
-        self._n_m_sets_the_sparsity()
+        if isinstance(self.structure, NM):
+            self.structure.check_sparsity(self.sparsity)
         return self
 
     def _structure_fits(self) -> None:
         if isinstance(self.allocation, Global) and not isinstance(self.structure, Unstructured):
             raise ValueError("allocation 'global' ranks single weights: leave 'structure' out")
-
-    def _n_m_sets_the_sparsity(self) -> None:
-        if isinstance(self.structure, NM) and self.sparsity is not None:
-            n, m = self.structure.n, self.structure.m
-            if abs(self.sparsity - (1 - n / m)) > 1e-9:
-                raise ValueError(
-                    f"structure {n}:{m} has sparsity {1 - n / m:.4g}, not {self.sparsity}: leave "
-                    "'sparsity' out or make both agree"
-                )
 
     def _needs_sparsity(self) -> bool:
         return not (self.allocation.fixes_density or isinstance(self.structure, NM))

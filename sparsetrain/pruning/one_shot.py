@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,11 +16,10 @@ from sparsetrain.curvature.losses import LossFunction
 from sparsetrain.pruning.result import PruneResult
 from sparsetrain.pruning.sequence import weights_back
 from sparsetrain.scores import Score
+from sparsetrain.scores.base import Scope
 from sparsetrain.scoring import measured
 from sparsetrain.selection import select, top_k_across
 from sparsetrain.structures import NM, ConstantFanIn, Structure, Unstructured, parse_structure
-
-Scope = Literal["row", "layer", "global"]
 
 
 def prune(
@@ -68,16 +67,15 @@ def prune(
     model = unwrapped(model)
     chosen: Score = Score.build(score)
     if chosen.per_channel:
-        raise ValueError(f"score {chosen.kind!r} is of channels: st.prune takes scores of weights")
+        raise ValueError(f"{chosen.title} is of channels: st.prune takes scores of weights")
     candidates = choose(model, match)
     given = Calibration(calibration, loss_fn, adapter, seed, progress)
     plan = _Plan(candidates, scope or chosen.scope, parse_structure(structure), allocation)
     rounds = chosen.pruning_rounds
-    if rounds > 1 and (sparsity is None or (given.batches is not None and _is_used_up(given))):
-        raise ValueError(
-            f"score {chosen.kind!r} prunes in {rounds} rounds: give a sparsity, and batches that "
-            "can be read again (a list or a DataLoader)"
-        )
+    if rounds > 1:
+        if sparsity is None:
+            raise ValueError(f"{chosen.title} prunes in {rounds} rounds: give a sparsity")
+        given.require_rereadable(chosen.title)
     masks = {c.name: c.param.detach() != 0 for c in candidates}
     with weights_back(candidates if rounds > 1 else []):
         for number in range(1, rounds + 1):
@@ -136,18 +134,8 @@ class _Plan:
     def _counts(self, sparsity: float | None) -> dict[str, int]:
         if not isinstance(self.structure, NM):
             return allocate(self.allocation, self.shapes, sparsity)
-        share = self.structure.n / self.structure.m
-        if sparsity is not None and abs(1 - share - sparsity) > 1e-9:
-            raise ValueError(
-                f"structure {self.structure.n}:{self.structure.m} has sparsity {1 - share:g}, not "
-                f"{sparsity}: leave 'sparsity' out or make both agree"
-            )
+        self.structure.check_sparsity(sparsity)
         return {s.name: self.structure.fixed_count(s.shape) for s in self.shapes}
-
-
-def _is_used_up(calibration: Calibration) -> bool:
-    batches = calibration.batches
-    return batches is not None and iter(batches) is batches
 
 
 def _sparsity_after(sparsity: float | None, share: float) -> float | None:

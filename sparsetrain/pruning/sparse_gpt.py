@@ -9,16 +9,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sparsetrain.allocation import LayerShape, allocate, parse_allocation
+from sparsetrain.allocation import Allocation, LayerShape, allocate, parse_allocation
 from sparsetrain.batches import Adapter
-from sparsetrain.calibration import Calibration
+from sparsetrain.calibration import Calibration, in_float
 from sparsetrain.candidates import Candidate, choose, unwrapped
+from sparsetrain.convolution import padded_input
 from sparsetrain.pruning.result import PruneResult
 from sparsetrain.pruning.sequence import stages, weights_back
 from sparsetrain.pruning.surgeon import inverse_root, surgery
 from sparsetrain.structures import NM, Structure, Unstructured, parse_structure
 
-_WHO = "sparsegpt"
+_WHO = "method 'sparsegpt'"
 
 
 @torch.no_grad()
@@ -28,7 +29,7 @@ def sparsegpt(
     calibration: Iterable[Any],
     *,
     structure: Structure | str | Mapping[str, Any] = "unstructured",
-    allocation: Any = "uniform",
+    allocation: Allocation | str | Mapping[str, Any] = "uniform",
     blocks: str | Sequence[str] | None = None,
     match: str | Sequence[str] | None = None,
     damping: float = 0.01,
@@ -66,8 +67,9 @@ def sparsegpt(
     """
     model = unwrapped(model)
     candidates = choose(model, match)
-    keep = _places(candidates, sparsity, parse_structure(structure), allocation)
-    given = Calibration(calibration, adapter=adapter, progress=progress, noun="")
+    keep = _places(candidates, sparsity, parse_structure(structure), parse_allocation(allocation))
+    given = Calibration(calibration, adapter=adapter, progress=progress)
+    given.require_rereadable(_WHO)
     masks: dict[str, Tensor] = {}
     weights: dict[str, Tensor] = {}
     with weights_back(candidates):
@@ -86,16 +88,14 @@ def sparsegpt(
 
 
 def _places(
-    candidates: Sequence[Candidate], sparsity: float | None, structure: Structure, allocation: Any
+    candidates: Sequence[Candidate],
+    sparsity: float | None,
+    structure: Structure,
+    allocation: Allocation,
 ) -> dict[str, int | NM]:
     """How many weights each layer keeps, or n:m."""
     if isinstance(structure, NM):
-        share = 1 - structure.n / structure.m
-        if sparsity is not None and abs(share - sparsity) > 1e-9:
-            raise ValueError(
-                f"structure {structure.n}:{structure.m} has sparsity {share:g}, not {sparsity}: "
-                "give None or make both agree"
-            )
+        structure.check_sparsity(sparsity)
         for candidate in candidates:
             structure.check(tuple(candidate.param.shape), candidate.name)
             if candidate.param.dim() > 2:
@@ -107,7 +107,7 @@ def _places(
     if not isinstance(structure, Unstructured):
         raise ValueError(f"sparsegpt has no {structure!r}: give 'unstructured' or n:m")
     shapes = [LayerShape(c.name, tuple(c.param.shape)) for c in candidates]
-    return dict(allocate(parse_allocation(allocation), shapes, sparsity))
+    return dict(allocate(allocation, shapes, sparsity))
 
 
 def _hessians(
@@ -117,7 +117,7 @@ def _hessians(
     sums: dict[str, Tensor] = {}
 
     def see(candidate: Candidate, given: Tensor, output: Tensor) -> None:
-        columns = _columns(candidate, given.to(torch.promote_types(given.dtype, torch.float32)))
+        columns = _columns(candidate, in_float(given))
         product = columns.transpose(1, 2) @ columns
         known = sums.get(candidate.name)
         sums[candidate.name] = product if known is None else known.add_(product)
@@ -133,10 +133,8 @@ def _columns(candidate: Candidate, given: Tensor) -> Tensor:
         return given.reshape(1, -1, given.shape[-1])
     if not isinstance(module, nn.Conv2d):
         raise ValueError(f"sparsegpt knows Linear and Conv2d layers, not that of {candidate.name}")
-    both = module._reversed_padding_repeated_twice
-    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
-    padded = F.pad(given, both, mode=mode)
-    unfolded = F.unfold(padded, module.kernel_size, module.dilation, 0, module.stride)
+    padded, padding = padded_input(module, given)
+    unfolded = F.unfold(padded, module.kernel_size, module.dilation, padding, module.stride)
     by_group = unfolded.reshape(len(given), module.groups, -1, unfolded.shape[2])
     columns: Tensor = by_group.permute(1, 0, 3, 2).flatten(1, 2)
     return columns

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from sparsetrain.calibration import Calibration
 from sparsetrain.candidates import Candidate
-from sparsetrain.scores.base import Score
+from sparsetrain.scores.base import Needs, Score
 
 
 class ActivationMagnitude(Score):
@@ -20,14 +20,14 @@ class ActivationMagnitude(Score):
     """
 
     kind: Literal["activation_magnitude"] = "activation_magnitude"
-    data: ClassVar[Literal["none", "inputs", "loss"]] = "inputs"
+    data: ClassVar[Needs] = "inputs"
     per_channel: ClassVar[bool] = True
 
     def measure(
         self, model: nn.Module, candidates: Sequence[Candidate], calibration: Calibration
     ) -> dict[str, Tensor]:
         """[channels]"""
-        sums = _sums(model, candidates, calibration, self.kind, [torch.abs])
+        sums = _sums(model, candidates, calibration, self.title, [torch.abs])
         return {name: total / count for name, (count, total) in sums.items()}
 
 
@@ -38,14 +38,14 @@ class ActivationVariance(Score):
     """
 
     kind: Literal["activation_variance"] = "activation_variance"
-    data: ClassVar[Literal["none", "inputs", "loss"]] = "inputs"
+    data: ClassVar[Needs] = "inputs"
     per_channel: ClassVar[bool] = True
 
     def measure(
         self, model: nn.Module, candidates: Sequence[Candidate], calibration: Calibration
     ) -> dict[str, Tensor]:
         """[channels], with the number of values as the divisor."""
-        sums = _sums(model, candidates, calibration, self.kind, [torch.clone, torch.square])
+        sums = _sums(model, candidates, calibration, self.title, [torch.clone, torch.square])
         found = {}
         for name, (count, total, squares) in sums.items():
             found[name] = (squares / count - (total / count).square()).clamp_min(0.0)
@@ -63,7 +63,7 @@ def _sums(
     sums: dict[str, list[Tensor]] = {}
 
     def see(candidate: Candidate, given: Tensor, output: Tensor) -> None:
-        values = by_channel(candidate, output).double()
+        values = channels_second(candidate, output).transpose(0, 1).flatten(1).double()
         found = [torch.tensor(values.shape[1]), *(f(values).sum(1) for f in functions)]
         known = sums.get(candidate.name, [torch.zeros_like(value) for value in found])
         sums[candidate.name] = [a + b for a, b in zip(known, found, strict=True)]
@@ -72,7 +72,7 @@ def _sums(
     return sums
 
 
-def by_channel(candidate: Candidate, output: Tensor) -> Tensor:
-    """[channels, values]: channels are last in a Linear layer's output, second in others'."""
+def channels_second(candidate: Candidate, output: Tensor) -> Tensor:
+    """A layer's output as [samples, channels, ...]: those of Linear layers are last."""
     is_linear = isinstance(candidate.owners[0], nn.Linear)
-    return output.movedim(-1 if is_linear else 1, 0).flatten(1)
+    return output.movedim(-1, 1) if is_linear else output

@@ -18,6 +18,12 @@ from sparsetrain.config import AnyKind, Kinded
 ACCUMULATED = "sparsetrain.accumulated"
 
 
+#: What a score of a whole model has to be given.
+Needs = Literal["none", "inputs", "loss"]
+#: Among what weights compete.
+Scope = Literal["row", "layer", "global"]
+
+
 class Score(Kinded):
     """Base of all scores; a member is one signal, computed from a weight and what surrounds it.
 
@@ -27,9 +33,9 @@ class Score(Kinded):
 
     family: ClassVar[str] = "score"
     #: What `measure` has to be given.
-    data: ClassVar[Literal["none", "inputs", "loss"]] = "none"
+    data: ClassVar[Needs] = "none"
     #: Among what `st.prune` compares weights when it is not told: a row, a layer or the model.
-    scope: ClassVar[Literal["row", "layer", "global"]] = "layer"
+    scope: ClassVar[Scope] = "layer"
     #: Whether there is one number for each output channel of the layer instead of each weight.
     per_channel: ClassVar[bool] = False
     #: Whether the score is a sum over steps, so that it has to `observe` each of them.
@@ -45,6 +51,11 @@ class Score(Kinded):
             What to remember, of the weight's shape.
         """
         return seen
+
+    @property
+    def title(self) -> str:
+        """What errors call it."""
+        return f"score {self.kind!r}"
 
     @property
     def pruning_rounds(self) -> int:
@@ -87,8 +98,8 @@ class Score(Kinded):
             ValueError: the score needs a signal that is not there.
         """
         raise ValueError(
-            f"score {self.kind!r} cannot be computed from a training step alone: use it with "
-            "st.score or st.prune, which have data"
+            f"{self.title} cannot be computed from a training step alone: it is for "
+            + ("st.score" if self.per_channel else "st.score and st.prune, which have data")
         )
 
 

@@ -13,7 +13,7 @@ from torch.nn import Parameter
 from sparsetrain.calibration import Calibration, require_reached
 from sparsetrain.candidates import Candidate
 from sparsetrain.curvature import fisher_diagonal
-from sparsetrain.scores.base import ACCUMULATED, Score, gradient_of
+from sparsetrain.scores.base import ACCUMULATED, Needs, Score, gradient_of
 
 
 class Fisher(Score):
@@ -26,7 +26,7 @@ class Fisher(Score):
     """
 
     kind: Literal["fisher"] = "fisher"
-    data: ClassVar[Literal["none", "inputs", "loss"]] = "loss"
+    data: ClassVar[Needs] = "loss"
     accumulates: ClassVar[bool] = True
 
     labels: Literal["data", "model"] = Field(
@@ -41,13 +41,13 @@ class Fisher(Score):
         """1/2 F w^2, of the weight's shape."""
         diagonal = fisher_diagonal(
             model,
-            *calibration.given(self.kind),
+            *calibration.given(self.title),
             labels=self.labels,
             parameters=[c.name for c in candidates],
             seed=calibration.seed,
             **calibration.options,
         )
-        return weighted(candidates, diagonal, self.kind)
+        return weighted(candidates, diagonal, self.title)
 
     def observe(self, name: str, param: Parameter, seen: Tensor | None) -> Tensor | None:
         """The sum with this step's g^2 in it; layers that the step did not use keep theirs."""
@@ -74,5 +74,5 @@ def weighted(
         ValueError: a weight has no curvature at all, as the data do not reach it.
     """
     names = [candidate.name for candidate in candidates]
-    require_reached(names, {name for name in names if diagonal[name].any()}, f"score {who!r}")
+    require_reached(names, {name for name in names if diagonal[name].any()}, who)
     return {c.name: 0.5 * diagonal[c.name] * c.param.detach().square() for c in candidates}

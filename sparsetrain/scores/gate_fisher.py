@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
-from sparsetrain.calibration import Calibration, require_reached
+from sparsetrain.calibration import Calibration, require_reached, watched
 from sparsetrain.candidates import Candidate
 from sparsetrain.curvature.evaluating import evaluating
-from sparsetrain.scores.base import Score
+from sparsetrain.scores.activation import channels_second
+from sparsetrain.scores.base import Needs, Score
 
 
 class GateFisher(Score):
@@ -22,7 +23,7 @@ class GateFisher(Score):
     """
 
     kind: Literal["gate_fisher"] = "gate_fisher"
-    data: ClassVar[Literal["none", "inputs", "loss"]] = "loss"
+    data: ClassVar[Needs] = "loss"
     per_channel: ClassVar[bool] = True
 
     def measure(
@@ -33,24 +34,16 @@ class GateFisher(Score):
         calls: list[tuple[Candidate, Tensor]] = []
         samples = 0
 
-        def hook(candidate: Candidate) -> Any:
-            return lambda module, args, output: calls.append((candidate, output))
+        def see(candidate: Candidate, given: Tensor, output: Tensor) -> None:
+            calls.append((candidate, output))
 
-        handles = []
-        for candidate in candidates:
-            candidate.require_forward(f"score {self.kind!r}")
-            handles += [owner.register_forward_hook(hook(candidate)) for owner in candidate.owners]
-        try:
-            with evaluating(model):
-                for batch in calibration.read(model, self.kind):
-                    calls.clear()
-                    total = calibration.total_loss(model, batch, self.kind)
-                    samples += batch.size
-                    _add_squares(sums, total, calls)
-        finally:
-            for handle in handles:
-                handle.remove()
-        require_reached([c.name for c in candidates], set(sums), f"score {self.kind!r}")
+        with watched(candidates, self.title, see), evaluating(model):
+            for batch in calibration.read(model, self.title):
+                calls.clear()
+                total = calibration.total_loss(model, batch, self.title)
+                samples += batch.size
+                _add_squares(sums, total, calls)
+        require_reached([c.name for c in candidates], set(sums), self.title)
         return {name: 0.5 * total / samples for name, total in sums.items()}
 
 
@@ -63,9 +56,7 @@ def _add_squares(
     for (candidate, output), back in zip(calls, backs, strict=True):
         if back is None:
             continue
-        products = output.detach() * back
-        is_linear = isinstance(candidate.owners[0], nn.Linear)
-        products = products.movedim(-1 if is_linear else 1, 1)
+        products = channels_second(candidate, output.detach() * back)
         gate = products.flatten(2).sum(2) if products.dim() > 2 else products
         gates[candidate.name] = gates[candidate.name] + gate if candidate.name in gates else gate
     for name, gate in gates.items():

@@ -11,7 +11,7 @@ from torch.nn import Parameter
 
 from sparsetrain.calibration import Calibration
 from sparsetrain.candidates import Candidate
-from sparsetrain.scores.base import Score, gradient_of
+from sparsetrain.scores.base import Needs, Score, gradient_of
 
 
 class Gradient(Score):
@@ -21,13 +21,13 @@ class Gradient(Score):
     """
 
     kind: Literal["gradient"] = "gradient"
-    data: ClassVar[Literal["none", "inputs", "loss"]] = "loss"
+    data: ClassVar[Needs] = "loss"
 
     def measure(
         self, model: nn.Module, candidates: Sequence[Candidate], calibration: Calibration
     ) -> dict[str, Tensor]:
         """|g|, of the weight's shape."""
-        gradients = calibration.mean_gradients(model, candidates, self.kind)
+        gradients = calibration.mean_gradients(model, candidates, self.title)
         return {name: gradient.abs_() for name, gradient in gradients.items()}
 
     def of(

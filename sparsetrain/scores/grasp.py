@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -13,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from sparsetrain.calibration import Calibration
 from sparsetrain.candidates import Candidate
 from sparsetrain.curvature.evaluating import evaluating, wanting
-from sparsetrain.scores.base import Score
+from sparsetrain.scores.base import Needs, Scope, Score
 
 
 class GraSP(Score):
@@ -25,8 +26,8 @@ class GraSP(Score):
     """
 
     kind: Literal["grasp"] = "grasp"
-    scope: ClassVar[Literal["row", "layer", "global"]] = "global"
-    data: ClassVar[Literal["none", "inputs", "loss"]] = "loss"
+    scope: ClassVar[Scope] = "global"
+    data: ClassVar[Needs] = "loss"
 
     temperature: float = Field(
         200.0, gt=0, description="divides the outputs, as in the authors' code"
@@ -37,14 +38,14 @@ class GraSP(Score):
     ) -> dict[str, Tensor]:
         """w (H g), of the weight's shape; of either sign. The batches are read twice."""
         params = [candidate.param for candidate in candidates]
-        cooled = _cooled(calibration, self.temperature)
-        gradients = list(cooled.mean_gradients(model, candidates, self.kind).values())
+        cooled = _cooled(calibration, self.temperature, self.title)
+        gradients = list(cooled.mean_gradients(model, candidates, self.title).values())
         curved = [torch.zeros_like(param) for param in params]
         samples = 0
         with evaluating(model), wanting(model, params), sdpa_kernel(SDPBackend.MATH):
-            for batch in cooled.read(model, self.kind):
+            for batch in cooled.read(model, self.title):
                 samples += batch.size
-                total = cooled.total_loss(model, batch, self.kind)
+                total = cooled.total_loss(model, batch, self.title)
                 found = torch.autograd.grad(total, params, create_graph=True, allow_unused=True)
                 along = sum(
                     (own * whole).sum()
@@ -63,14 +64,14 @@ class GraSP(Score):
         }
 
 
-def _cooled(calibration: Calibration, temperature: float) -> Calibration:
-    batches, loss_fn = calibration.given("grasp")
-    if iter(batches) is batches:
-        raise ValueError("score 'grasp' reads the batches twice: give a list or a DataLoader")
+def _cooled(calibration: Calibration, temperature: float, who: str) -> Calibration:
+    """The same data with the outputs divided by a temperature before the loss."""
+    _, loss_fn = calibration.given(who)
+    calibration.require_rereadable(who)
 
     def loss(outputs: Any, targets: Any) -> Tensor:
         if not isinstance(outputs, Tensor):
-            raise ValueError("score 'grasp' needs a model that returns a tensor of logits")
+            raise ValueError(f"{who} needs a model that returns a tensor of logits")
         return loss_fn(outputs / temperature, targets)
 
-    return Calibration(batches, loss, calibration.adapter, calibration.seed, calibration.progress)
+    return replace(calibration, loss_fn=loss)

@@ -11,7 +11,7 @@ from torch.nn import Parameter
 
 from sparsetrain.calibration import Calibration
 from sparsetrain.candidates import Candidate
-from sparsetrain.scores.base import ACCUMULATED, Score, gradient_of
+from sparsetrain.scores.base import ACCUMULATED, Needs, Score, gradient_of
 
 
 class MovementScore(Score):
@@ -22,14 +22,14 @@ class MovementScore(Score):
     """
 
     kind: Literal["movement"] = "movement"
-    data: ClassVar[Literal["none", "inputs", "loss"]] = "loss"
+    data: ClassVar[Needs] = "loss"
     accumulates: ClassVar[bool] = True
 
     def measure(
         self, model: nn.Module, candidates: Sequence[Candidate], calibration: Calibration
     ) -> dict[str, Tensor]:
         """-w g with the gradient of the mean loss, of the weight's shape: the first step's."""
-        gradients = calibration.mean_gradients(model, candidates, self.kind)
+        gradients = calibration.mean_gradients(model, candidates, self.title)
         return {c.name: -(c.param.detach() * gradients[c.name]) for c in candidates}
 
     def observe(self, name: str, param: Parameter, seen: Tensor | None) -> Tensor | None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from sparsetrain.calibration import Calibration
 from sparsetrain.candidates import Candidate
 from sparsetrain.curvature import Diagonal, ggn_diagonal, hessian_diagonal
-from sparsetrain.scores.base import Score
+from sparsetrain.scores.base import Needs, Score
 from sparsetrain.scores.fisher import weighted
 
 
@@ -23,7 +23,7 @@ class OptimalBrainDamage(Score):
     """
 
     kind: Literal["optimal_brain_damage"] = "optimal_brain_damage"
-    data: ClassVar[Literal["none", "inputs", "loss"]] = "loss"
+    data: ClassVar[Needs] = "loss"
 
     curvature: Literal["ggn", "monte_carlo", "hutchinson", "hessian"] = Field(
         "ggn",
@@ -37,7 +37,7 @@ class OptimalBrainDamage(Score):
         self, model: nn.Module, candidates: Sequence[Candidate], calibration: Calibration
     ) -> dict[str, Tensor]:
         """1/2 h w^2, of the weight's shape; not negative but by the Hessian itself."""
-        batches, loss_fn = calibration.given(self.kind)
+        batches, loss_fn = calibration.given(self.title)
         compute: Callable[..., Diagonal]
         options: dict[str, Any] = {"seed": calibration.seed, **calibration.options}
         if self.curvature in ("ggn", "monte_carlo"):
@@ -48,4 +48,4 @@ class OptimalBrainDamage(Score):
             options["estimate"] = "exact" if self.curvature == "hessian" else "hutchinson"
         names = [candidate.name for candidate in candidates]
         diagonal = compute(model, batches, loss_fn, parameters=names, probes=self.probes, **options)
-        return weighted(candidates, diagonal, self.kind)
+        return weighted(candidates, diagonal, self.title)

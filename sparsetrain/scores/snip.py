@@ -11,7 +11,7 @@ from torch.nn import Parameter
 
 from sparsetrain.calibration import Calibration
 from sparsetrain.candidates import Candidate
-from sparsetrain.scores.base import Score, gradient_of
+from sparsetrain.scores.base import Needs, Scope, Score, gradient_of
 
 
 class SNIP(Score):
@@ -22,14 +22,14 @@ class SNIP(Score):
     """
 
     kind: Literal["snip"] = "snip"
-    scope: ClassVar[Literal["row", "layer", "global"]] = "global"
-    data: ClassVar[Literal["none", "inputs", "loss"]] = "loss"
+    scope: ClassVar[Scope] = "global"
+    data: ClassVar[Needs] = "loss"
 
     def measure(
         self, model: nn.Module, candidates: Sequence[Candidate], calibration: Calibration
     ) -> dict[str, Tensor]:
         """Sensitivities, of the weight's shape; they add up to 1 over all weights."""
-        gradients = calibration.mean_gradients(model, candidates, self.kind)
+        gradients = calibration.mean_gradients(model, candidates, self.title)
         found = {c.name: (c.param.detach() * gradients[c.name]).abs_() for c in candidates}
         total = sum(float(value.sum(dtype=torch.float64)) for value in found.values())
         return {name: value / total for name, value in found.items()} if total else found

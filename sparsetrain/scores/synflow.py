@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from sparsetrain.calibration import Calibration
 from sparsetrain.candidates import Candidate
-from sparsetrain.scores.base import Score
+from sparsetrain.scores.base import Needs, Scope, Score
 
 
 class SynFlow(Score):
@@ -26,8 +26,8 @@ class SynFlow(Score):
     """
 
     kind: Literal["synflow"] = "synflow"
-    scope: ClassVar[Literal["row", "layer", "global"]] = "global"
-    data: ClassVar[Literal["none", "inputs", "loss"]] = "inputs"
+    scope: ClassVar[Scope] = "global"
+    data: ClassVar[Needs] = "inputs"
 
     rounds: int = Field(
         100, ge=1, description="in which pruning goes, each with an equal share of what is left"
@@ -42,7 +42,7 @@ class SynFlow(Score):
         self, model: nn.Module, candidates: Sequence[Candidate], calibration: Calibration
     ) -> dict[str, Tensor]:
         """Synaptic flow through each weight, of the weight's shape, float64; not negative."""
-        batch = next(iter(calibration.read(model, self.kind, needs_targets=False))).part(0, 1)
+        batch = next(iter(calibration.read(model, self.title, needs_targets=False))).part(0, 1)
         twin = copy.deepcopy(model).double().eval()
         with torch.no_grad():
             for tensor in (*twin.parameters(), *twin.buffers()):

@@ -13,7 +13,7 @@ from torch.nn import Parameter
 from sparsetrain.calibration import Calibration
 from sparsetrain.candidates import Candidate
 from sparsetrain.curvature import fisher_diagonal, iterate_per_sample_gradients
-from sparsetrain.scores.base import Score, gradient_of
+from sparsetrain.scores.base import Needs, Score, gradient_of
 
 
 class Taylor(Score):
@@ -26,7 +26,7 @@ class Taylor(Score):
     """
 
     kind: Literal["taylor"] = "taylor"
-    data: ClassVar[Literal["none", "inputs", "loss"]] = "loss"
+    data: ClassVar[Needs] = "loss"
 
     squared: bool = Field(False, description="(w g)^2 instead of |w g|")
     per: Literal["batch", "sample"] = Field(
@@ -39,10 +39,10 @@ class Taylor(Score):
         """Mean of |w g| or (w g)^2 over batches or samples, of the weight's shape."""
         weights = {c.name: c.param.detach() for c in candidates}
         if self.per == "batch":
-            batches = calibration.gradients(model, candidates, self.kind)
+            batches = calibration.gradients(model, candidates, self.title)
             parts = ({n: g / size for n, g in found.items()} for size, found in batches)
             return _mean({n: self._of(weights[n], g) for n, g in part.items()} for part in parts)
-        given = (model, *calibration.given(self.kind))
+        given = (model, *calibration.given(self.title))
         if self.squared:
             options = {"parameters": weights, **calibration.options}
             squares = fisher_diagonal(*given, **options)

@@ -10,9 +10,10 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sparsetrain.calibration import Calibration
+from sparsetrain.calibration import Calibration, in_float
 from sparsetrain.candidates import Candidate
-from sparsetrain.scores.base import Score
+from sparsetrain.convolution import padded_input
+from sparsetrain.scores.base import Needs, Scope, Score
 
 
 class Wanda(Score):
@@ -25,14 +26,14 @@ class Wanda(Score):
     """
 
     kind: Literal["wanda"] = "wanda"
-    scope: ClassVar[Literal["row", "layer", "global"]] = "row"
-    data: ClassVar[Literal["none", "inputs", "loss"]] = "inputs"
+    scope: ClassVar[Scope] = "row"
+    data: ClassVar[Needs] = "inputs"
 
     def measure(
         self, model: nn.Module, candidates: Sequence[Candidate], calibration: Calibration
     ) -> dict[str, Tensor]:
         """|w| ||x||, of the weight's shape."""
-        norms = input_norms(model, candidates, calibration, self.kind)
+        norms = input_norms(model, candidates, calibration, self.title)
         return {c.name: c.param.detach().abs() * norms[c.name] for c in candidates}
 
 
@@ -47,16 +48,12 @@ def input_norms(
     squares: dict[str, Tensor] = {}
 
     def see(candidate: Candidate, given: Tensor, output: Tensor) -> None:
-        square = _squares(candidate, given.to(torch.float32) if _is_half(given) else given)
+        square = _squares(candidate, in_float(given))
         known = squares.get(candidate.name)
         squares[candidate.name] = square if known is None else known + square
 
     samples = calibration.watch(model, candidates, who, see)
     return {name: (square / samples).sqrt() for name, square in squares.items()}
-
-
-def _is_half(tensor: Tensor) -> bool:
-    return tensor.dtype in (torch.float16, torch.bfloat16)
 
 
 def _squares(candidate: Candidate, given: Tensor) -> Tensor:
@@ -81,9 +78,6 @@ def _squares(candidate: Candidate, given: Tensor) -> Tensor:
 
 def _convolved(module: Any, squares: Tensor, kernel: Tensor, groups: int) -> Tensor:
     convolve = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}[squares.dim()]
-    padding = module.padding
-    if module.padding_mode != "zeros":
-        both = module._reversed_padding_repeated_twice
-        squares, padding = F.pad(squares, both, mode=module.padding_mode), 0
+    squares, padding = padded_input(module, squares)
     found: Tensor = convolve(squares, kernel, None, module.stride, padding, module.dilation, groups)
     return found
