@@ -88,6 +88,22 @@ def test_gradients_of_the_divergence(size: int, seed: int, strength: float) -> N
         torch.testing.assert_close(mine[~near], twin[~near].float(), rtol=1e-4, atol=1e-5)
 
 
+def test_the_slope_of_the_divergence_is_that_of_the_formula() -> None:
+    log_alpha = torch.linspace(-7.99, 7.99, 4001)
+    found = []
+    for dtype in (torch.float32, torch.float64):
+        weight, log_sigma2 = (
+            Parameter(torch.ones_like(log_alpha, dtype=dtype)),
+            Parameter(log_alpha.to(dtype)),
+        )
+        for parameter in (weight, log_sigma2):
+            parameter.grad = torch.zeros_like(parameter)
+        ours.add_kl_gradients(weight, log_sigma2, 1.0)
+        assert log_sigma2.grad is not None
+        found.append(log_sigma2.grad.double())
+    torch.testing.assert_close(found[0], found[1], rtol=5e-6, atol=0)
+
+
 def test_exp_and_log() -> None:
     numba = pytest.importorskip("numba")
     from sparsetrain.learned import _numba_math

@@ -215,6 +215,17 @@ def test_mixed_recipes() -> None:
     torch.testing.assert_close(answers(model), before, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("exact", [False, True])
+def test_a_count_that_is_off_by_one_is_put_right_at_the_last_step_alone(exact: bool) -> None:
+    policy = st.HardConcrete(sparsity=0.7, total_steps=STEPS, exact=exact)
+    _, optimizer = wrap(policy)
+    [budget] = policy.budgets(optimizer._keeper.groups[0][1])
+    assert budget.tolerance > 1
+    for surplus in (-1, 1):
+        assert not policy._moves_due(budget, surplus, STEPS - 2)
+        assert bool(policy._moves_due(budget, surplus, STEPS - 1)) == exact
+
+
 def test_each_layer_gets_its_share() -> None:
     shares = {"conv.*": 0.5, "hidden.*": 0.1, "head.*": 0.8}
     allocation = {"kind": "explicit", "densities": shares}

@@ -303,6 +303,20 @@ def test_fisher_in_training_sums_squared_gradients() -> None:
     ]
 
 
+def test_fisher_remembers_every_step_that_used_the_weight() -> None:
+    model, score = line(), st.Fisher()
+    model.weight.grad = GRADIENTS[:1].clone()
+    first = score.observe("weight", model.weight, None)
+    model.weight.grad = None
+    assert score.observe("weight", model.weight, first) is first
+    model.weight.grad = torch.tensor([[2.0, float("nan")]])
+    both = score.observe("weight", model.weight, first)
+    assert both is not None
+    torch.testing.assert_close(
+        both[0], torch.stack([GRADIENTS[0, 0] ** 2 + 4, GRADIENTS[0, 1] ** 2])
+    )
+
+
 def test_the_model_and_its_gradients_stay_as_they_are() -> None:
     torch.manual_seed(0)
     model, x, y = Channels().train(), torch.randn(6, 1, 5, 5), torch.randint(5, (6,))
