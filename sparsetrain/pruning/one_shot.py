@@ -14,7 +14,7 @@ from sparsetrain.calibration import Calibration
 from sparsetrain.candidates import Candidate, choose, unwrapped
 from sparsetrain.curvature.losses import LossFunction
 from sparsetrain.pruning.result import PruneResult
-from sparsetrain.pruning.sequence import weights_back
+from sparsetrain.pruning.sequence import stages, weights_back
 from sparsetrain.scores import Score
 from sparsetrain.scores.base import Scope
 from sparsetrain.scoring import measured
@@ -32,6 +32,7 @@ def prune(
     allocation: Allocation | str | Mapping[str, Any] | None = None,
     calibration: Iterable[Any] | None = None,
     loss_fn: LossFunction | None = None,
+    blocks: str | Sequence[str] | None = None,
     match: str | Sequence[str] | None = None,
     adapter: Adapter | None = None,
     seed: int = 0,
@@ -52,6 +53,9 @@ def prune(
         calibration: batches for scores that need data: an iterable of (inputs, targets), or of
             what `adapter` makes that of.
         loss_fn: (outputs, targets) -> scalar, for scores that need a loss.
+        blocks: glob or globs on modules that are pruned one after the other, each on what the
+            pruned ones before it give; "auto" takes the members of the model's largest ModuleList
+            or Sequential. None: all at once, on what the model gives as it is.
         match: glob or globs on names of weights or modules; all Linear and Conv weights that
             train when None.
         seed: of whatever is random.
@@ -70,23 +74,43 @@ def prune(
         raise ValueError(f"{chosen.title} is of channels: st.prune takes scores of weights")
     candidates = choose(model, match)
     given = Calibration(calibration, loss_fn, adapter, seed, progress)
-    plan = _Plan(candidates, scope or chosen.scope, parse_structure(structure), allocation)
+    plan = Plan(candidates, scope or chosen.scope, parse_structure(structure), allocation)
     rounds = chosen.pruning_rounds
-    if rounds > 1:
-        if sparsity is None:
-            raise ValueError(f"{chosen.title} prunes in {rounds} rounds: give a sparsity")
+    if rounds > 1 and sparsity is None:
+        raise ValueError(f"{chosen.title} prunes in {rounds} rounds: give a sparsity")
+    parts = _parts(model, candidates, blocks, chosen, plan)
+    is_stepwise = rounds > 1 or len(parts) > 1
+    if is_stepwise:
         given.require_rereadable(chosen.title)
     masks = {c.name: c.param.detach() != 0 for c in candidates}
-    with weights_back(candidates if rounds > 1 else []):
+    with weights_back(candidates if is_stepwise else []):
         for number in range(1, rounds + 1):
-            scores = measured(model, chosen, candidates, given)
-            masks = plan.masks(scores, masks, _sparsity_after(sparsity, number / rounds))
-            if number < rounds:
-                _zero(candidates, masks)
+            wanted = sparsity_after(sparsity, number / rounds)
+            for part in parts:
+                masks |= plan.masks(measured(model, chosen, part, given), masks, wanted)
+                if is_stepwise:
+                    zero(part, masks)
     return PruneResult(model, masks, chosen.kind)
 
 
-class _Plan:
+def _parts(
+    model: nn.Module,
+    candidates: Sequence[Candidate],
+    blocks: str | Sequence[str] | None,
+    score: Score,
+    plan: Plan,
+) -> Sequence[Sequence[Candidate]]:
+    """What is pruned together."""
+    if blocks is None:
+        return [candidates]
+    if score.data == "none" or score.pruning_rounds > 1:
+        raise ValueError(f"{score.title} does not look at what blocks get: leave 'blocks' out")
+    if isinstance(plan.allocation, Global):
+        raise ValueError("scope='global' compares the weights of all blocks: leave 'blocks' out")
+    return stages(model, candidates, None if blocks == "auto" else blocks)
+
+
+class Plan:
     """Who competes with whom, and for how many places."""
 
     def __init__(
@@ -138,7 +162,7 @@ class _Plan:
         return {s.name: self.structure.fixed_count(s.shape) for s in self.shapes}
 
 
-def _sparsity_after(sparsity: float | None, share: float) -> float | None:
+def sparsity_after(sparsity: float | None, share: float) -> float | None:
     """The density falls by the same factor in each round (Tanaka et al. 2020, algorithm 1)."""
     if sparsity is None or share == 1:
         return sparsity
@@ -146,6 +170,7 @@ def _sparsity_after(sparsity: float | None, share: float) -> float | None:
 
 
 @torch.no_grad()
-def _zero(candidates: Sequence[Candidate], masks: Mapping[str, Tensor]) -> None:
+def zero(candidates: Sequence[Candidate], masks: Mapping[str, Tensor]) -> None:
+    """Set what is pruned to 0."""
     for candidate in candidates:
         candidate.param.masked_fill_(~masks[candidate.name], 0.0)

@@ -11,6 +11,7 @@ from sparsetrain.scores.magnitude import Magnitude
 from sparsetrain.scores.momentum import Momentum
 from sparsetrain.scores.movement import MovementScore
 from sparsetrain.scores.optimal_brain_damage import OptimalBrainDamage
+from sparsetrain.scores.optimal_brain_surgeon import OptimalBrainSurgeon
 from sparsetrain.scores.random import Random
 from sparsetrain.scores.snip import SNIP
 from sparsetrain.scores.synflow import SynFlow
@@ -30,6 +31,7 @@ __all__ = [
     "Momentum",
     "MovementScore",
     "OptimalBrainDamage",
+    "OptimalBrainSurgeon",
     "Random",
     "Score",
     "ScoreField",

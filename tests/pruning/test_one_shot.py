@@ -24,6 +24,7 @@ SCORES: list[Any] = [
     st.MovementScore(),
     st.Fisher(),
     st.OptimalBrainDamage(),
+    st.OptimalBrainSurgeon(),
     st.SNIP(),
     st.GraSP(),
     st.SynFlow(rounds=4),
@@ -232,3 +233,50 @@ def test_a_result_can_be_read() -> None:
         "shape": [16, 32],
         "kept": 256,
     }
+
+
+class Blocks(nn.Module):
+    """Three blocks of one layer, and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(12, 12), nn.ReLU()) for _ in range(3))
+        self.head = nn.Linear(12, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = x + block(x)
+        return self.head(x)
+
+
+@pytest.mark.parametrize("blocks", ["auto", "blocks.*", ["blocks.0", "blocks.1", "blocks.2"]])
+def test_blocks_are_scored_on_what_pruned_ones_give(blocks: Any) -> None:
+    model, x = Blocks(), torch.randn(64, 12)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    result = st.prune(model, "wanda", 0.75, calibration=[x], blocks=blocks)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    # By hand: mask a layer before the next is looked at.
+    twin, hidden = Blocks(), x
+    layers = [block[0] for block in twin.blocks] + [twin.head]  # type: ignore[index]
+    for layer, (name, mask) in zip(layers, result.masks.items(), strict=True):
+        with torch.no_grad():
+            scores = layer.weight.abs() * hidden.norm(dim=0)  # type: ignore[union-attr,operator]
+            kept = scores.topk(3, dim=1).indices
+            expected = torch.zeros_like(mask).scatter_(1, kept, True)
+            assert torch.equal(mask, expected), name
+            layer.weight.masked_fill_(~mask, 0.0)  # type: ignore[union-attr,operator]
+            hidden = hidden + layer(hidden).relu() if layer is not twin.head else hidden
+    assert not same(result, st.prune(model, "wanda", 0.75, calibration=[x]))
+
+
+def test_blocks_need_a_score_that_looks_at_data() -> None:
+    model, x = Blocks(), torch.randn(8, 12)
+    with pytest.raises(ValueError, match="'magnitude' does not look at what blocks get"):
+        st.prune(model, "magnitude", 0.5, blocks="auto")
+    with pytest.raises(ValueError, match="scope='global' compares the weights of all blocks"):
+        st.prune(model, "wanda", 0.5, scope="global", calibration=[x], blocks="auto")
+    with pytest.raises(ValueError, match="blocks='block' names no module"):
+        st.prune(model, "wanda", 0.5, calibration=[x], blocks="block")
+    with pytest.raises(ValueError, match="reads the batches several times"):
+        st.prune(model, "wanda", 0.5, calibration=iter([x]), blocks="auto")
