@@ -108,14 +108,15 @@ def prune_iteratively(
     }
     done = []
     for number in range(int(trained), rounds + 1):
-
-        def of_this_round(number: int = number) -> dict[str, Tensor]:
-            return _pruned(model, chosen, rate, number, options) if number else masks
-
-        ticket = series.ticket(number, of_this_round)
+        ticket = series.finished(number)
+        if ticket is None:
+            if number:
+                masks = _pruned(model, chosen, rate, number, options)
+            ticket = series.train(number, masks)
         done.append(ticket)
         for control in controls if number else ():
-            done.append(series.control(number, control, ticket.masks))
+            known = series.finished(number, control)
+            done.append(known or series.train(number, ticket.masks, control))
     return IterativeResult(model, tuple(done), chosen.kind)
 
 
@@ -172,29 +173,34 @@ class _Series:
         kept = self.store.load("rewind")
         self.target = None if kept is None else Snapshot(**kept)
 
-    def ticket(self, number: int, find_masks: Callable[[], dict[str, Tensor]]) -> TrainedRound:
-        """Train the network itself, or take what an earlier call has left."""
-        label = f"round-{number:02d}"
-        kept = self.store.load(label)
-        if kept is not None:
+    def finished(self, number: int, control: Control | None = None) -> TrainedRound | None:
+        """What an earlier call has left of a run; the model is then as that run left it."""
+        kept = self.store.load(_label(number, control))
+        if kept is None:
+            return None
+        if control is None:
             self.model.load_state_dict(kept["weights"])
             set_random_state(kept["random"])
-            return TrainedRound(number, None, json.loads(kept["metrics"]), unpacked(kept["masks"]))
-        run = self._run(number, find_masks(), None)
-        metrics = self._train(run)
+        metrics = json.loads(kept["metrics"])
+        return TrainedRound(number, control, metrics, unpacked(kept["masks"]))
+
+    def train(
+        self, number: int, masks: dict[str, Tensor], control: Control | None = None
+    ) -> TrainedRound:
+        """Train the network itself, or a copy of it as a control."""
+        run = self._run(number, masks, control)
+        PruneResult(run.model, run.masks, "round").apply()
+        metrics = _as_json(self.train_fn(run))
         if number == 0:
             self._keep_target(run)
-        return self._keep(label, run, metrics)
-
-    def control(self, number: int, control: Control, masks: dict[str, Tensor]) -> TrainedRound:
-        """Train a control on a copy of the model, or take what an earlier call has left."""
-        label = f"round-{number:02d}-{control}"
-        kept = self.store.load(label)
-        if kept is not None:
-            masks = unpacked(kept["masks"])
-            return TrainedRound(number, control, json.loads(kept["metrics"]), masks)
-        run = self._run(number, masks, control)
-        return self._keep(label, run, self._train(run))
+        kept = {
+            "metrics": metrics,
+            "masks": packed(run.masks),
+            "weights": run.model.state_dict(),
+            "random": random_state(),
+        }
+        self.store.save(_label(number, control), kept)
+        return TrainedRound(number, control, json.loads(metrics), run.masks)
 
     def _run(self, number: int, masks: dict[str, Tensor], control: Control | None) -> TrainingRun:
         """A run about to begin: weights and generators are where they belong."""
@@ -213,15 +219,6 @@ class _Series:
             run.begin, run.first_step = self.target, self.rewind_to or 0
         return run
 
-    def _train(self, run: TrainingRun) -> str:
-        """Train from zeros at the pruned places; the metrics as JSON."""
-        PruneResult(run.model, run.masks, "round").apply()
-        metrics = self.train_fn(run)
-        try:
-            return json.dumps(metrics)
-        except TypeError as error:
-            raise ValueError(f"train_fn must return plain data for JSON: {error}") from error
-
     def _keep_target(self, run: TrainingRun) -> None:
         """Remember what later runs are rewound to."""
         if self.rewind_to is None:
@@ -233,12 +230,14 @@ class _Series:
         self.target = run.kept or self.start
         self.store.save("rewind", self.target.to_dict())
 
-    def _keep(self, label: str, run: TrainingRun, metrics: str) -> TrainedRound:
-        kept = {
-            "metrics": metrics,
-            "masks": packed(run.masks),
-            "weights": run.model.state_dict(),
-            "random": random_state(),
-        }
-        self.store.save(label, kept)
-        return TrainedRound(run.number, run.control, json.loads(metrics), run.masks)
+
+def _label(number: int, control: Control | None) -> str:
+    """The name under which a run is kept."""
+    return f"round-{number:02d}" + (f"-{control}" if control else "")
+
+
+def _as_json(metrics: Any) -> str:
+    try:
+        return json.dumps(metrics)
+    except TypeError as error:
+        raise ValueError(f"train_fn must return plain data for JSON: {error}") from error

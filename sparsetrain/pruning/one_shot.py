@@ -107,7 +107,7 @@ def _parts(
         raise ValueError(f"{score.title} does not look at what blocks get: leave 'blocks' out")
     if isinstance(plan.allocation, Global):
         raise ValueError("scope='global' compares the weights of all blocks: leave 'blocks' out")
-    return stages(model, candidates, None if blocks == "auto" else blocks)
+    return stages(model, candidates, blocks)
 
 
 class Plan:

@@ -23,7 +23,7 @@ def owl(
     *,
     outlier: float = 5.0,
     spread: float = 0.08,
-    blocks: str | Sequence[str] | None = None,
+    blocks: str | Sequence[str] = "auto",
     match: str | Sequence[str] | None = None,
     adapter: Adapter | None = None,
     progress: bool = False,

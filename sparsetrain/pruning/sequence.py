@@ -14,20 +14,20 @@ from sparsetrain.config import did_you_mean
 
 
 def stages(
-    model: nn.Module, candidates: Sequence[Candidate], blocks: str | Sequence[str] | None
+    model: nn.Module, candidates: Sequence[Candidate], blocks: str | Sequence[str]
 ) -> list[list[Candidate]]:
     """Candidates in the groups that are pruned together, in the order of the model.
 
     Candidates in no block form groups of their own between the blocks.
 
     Args:
-        blocks: globs on names of modules; None takes the members of the ModuleList or Sequential
+        blocks: globs on names of modules; "auto" takes the members of the ModuleList or Sequential
             that holds most of the candidates' weights.
 
     Raises:
         ValueError: a glob matches no module.
     """
-    names = _blocks(model, candidates) if blocks is None else _named(model, blocks)
+    names = _blocks(model, candidates) if blocks == "auto" else _named(model, blocks)
     found: list[tuple[str | None, list[Candidate]]] = []
     for candidate in candidates:
         block = next((n for n in names if candidate.name.startswith(f"{n}.")), None)

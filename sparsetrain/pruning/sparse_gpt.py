@@ -30,7 +30,7 @@ def sparsegpt(
     *,
     structure: Structure | str | Mapping[str, Any] = "unstructured",
     allocation: Allocation | str | Mapping[str, Any] = "uniform",
-    blocks: str | Sequence[str] | None = None,
+    blocks: str | Sequence[str] = "auto",
     match: str | Sequence[str] | None = None,
     damping: float = 0.01,
     block_size: int = 128,
@@ -49,8 +49,8 @@ def sparsegpt(
             targets) or of inputs, or what `adapter` makes that of. Targets are not looked at.
         structure: "unstructured" or n:m, such as "2:4".
         allocation: density of each layer; OWL's go here.
-        blocks: glob or globs on modules that are pruned one after the other. None: the members of
-            the model's largest ModuleList or Sequential.
+        blocks: glob or globs on modules that are pruned one after the other; "auto" takes the
+            members of the model's largest ModuleList or Sequential.
         match: glob or globs on names of weights or modules; all Linear and Conv weights that
             train when None.
         damping: share of the mean of the Hessian's diagonal that is added to it; ten and a hundred

@@ -185,7 +185,7 @@ def test_blocks_are_pruned_from_front_to_back() -> None:
 @pytest.mark.parametrize(
     ("blocks", "expected"),
     [
-        (None, [1, 2, 2, 2, 1]),
+        ("auto", [1, 2, 2, 2, 1]),
         ("blocks", [1, 6, 1]),
         (["blocks.0", "blocks.2"], [1, 2, 2, 2, 1]),
         ("blocks.1.*", [3, 1, 1, 3]),
