@@ -20,6 +20,8 @@ class OptimalBrainDamage(Score):
 
     LeCun et al. 1990, "Optimal brain damage", eq. 5. The h of "ggn" is the Gauss-Newton matrix's,
     which is the Hessian's for networks of ReLU and max-pooling (see `sparsetrain.curvature`).
+    Hutchinson's estimates are negative for many weights by noise alone; their size is taken, as
+    AdaHessian does (Yao et al. 2021).
     """
 
     kind: Literal["optimal_brain_damage"] = "optimal_brain_damage"
@@ -36,7 +38,7 @@ class OptimalBrainDamage(Score):
     def measure(
         self, model: nn.Module, candidates: Sequence[Candidate], calibration: Calibration
     ) -> dict[str, Tensor]:
-        """1/2 h w^2, of the weight's shape; not negative but by the Hessian itself."""
+        """1/2 h w^2, of the weight's shape; negative by the exact Hessian alone."""
         batches, loss_fn = calibration.given(self.title)
         compute: Callable[..., Diagonal]
         options: dict[str, Any] = {"seed": calibration.seed, **calibration.options}
@@ -48,4 +50,6 @@ class OptimalBrainDamage(Score):
             options["estimate"] = "exact" if self.curvature == "hessian" else "hutchinson"
         names = [candidate.name for candidate in candidates]
         diagonal = compute(model, batches, loss_fn, parameters=names, probes=self.probes, **options)
+        if self.curvature == "hutchinson":
+            return weighted(candidates, {n: h.abs() for n, h in diagonal.items()}, self.title)
         return weighted(candidates, diagonal, self.title)

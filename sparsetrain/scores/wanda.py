@@ -34,7 +34,7 @@ class Wanda(Score):
     ) -> dict[str, Tensor]:
         """|w| ||x||, of the weight's shape."""
         norms = input_norms(model, candidates, calibration, self.title)
-        return {c.name: c.param.detach().abs() * norms[c.name] for c in candidates}
+        return {c.name: (c.param.detach() * norms[c.name]).abs_() for c in candidates}
 
 
 def input_norms(

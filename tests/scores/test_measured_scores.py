@@ -110,6 +110,13 @@ def test_fisher_and_damage_are_half_the_curvature_times_the_square() -> None:
     for curvature in ("ggn", "hessian"):
         damage = st.score(made.model, st.OptimalBrainDamage(curvature=curvature), *given)
         assert largest_error(damage, half(slow_hessian(made, F.cross_entropy))) < 1e-12
+    probes = st.OptimalBrainDamage(curvature="hutchinson", probes=2)
+    noisy = st.curvature.hessian_diagonal(
+        made.model, *given, estimate="hutchinson", probes=2, parameters=weights
+    )
+    assert any((noisy[k] < 0).any() for k in weights)
+    sizes = half({k: h.abs() for k, h in noisy.items()})
+    assert largest_error(st.score(made.model, probes, *given), sizes) < 1e-12
     many = st.OptimalBrainDamage(curvature="monte_carlo", probes=400)
     assert largest_error(st.score(made.model, many, *given), damage) < 0.1
 
@@ -325,6 +332,8 @@ def test_the_model_and_its_gradients_stay_as_they_are() -> None:
     state = {k: v.clone() for k, v in model.state_dict().items()}
     for kind in st.Score.members:
         if kind == "momentum":
+            with pytest.raises(ValueError, match="for policies alone"):
+                st.score(model, kind)
             continue
         st.score(model, kind, [(x, y)], F.cross_entropy)
         assert model.training
