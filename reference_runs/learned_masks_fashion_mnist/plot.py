@@ -110,7 +110,8 @@ def layers(rows: list[common.Record]) -> Figure:
             values = [100 * found[method][layer] for method in shown]
             colours = [STYLES[method][0] for method in shown]
             bars = ax.barh(range(len(shown)), values, 0.7, color=colours)
-            ax.bar_label(bars, fmt="%.2g", fontsize=8, padding=2, color="#444444")
+            numbers = [f"{value:.1f}" if value < 10 else f"{value:.0f}" for value in values]
+            ax.bar_label(bars, numbers, fontsize=8, padding=2, color="#444444")
             labels = [METHODS[method].label for method in shown] if number == 0 else []
             ax.set_yticks(range(len(shown)), labels or [""] * len(shown), fontsize=8)
             ax.set_xlim(0, 1.25 * max(values))
