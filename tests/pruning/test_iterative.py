@@ -354,3 +354,23 @@ def test_training_functions_that_cannot_be_rewound() -> None:
     model = nn.Sequential(Bare(), nn.Linear(3, 3))
     with pytest.raises(ValueError, match="new weights for 0: give Bare a method"):
         st.prune_iteratively(without_steps, model, rounds=1, rewind_to=0, controls=["fresh"])
+
+
+def test_weights_and_random_numbers_begin_anew_without_steps() -> None:
+    begins: list[tuple[Run, Tensor, Tensor]] = []
+
+    def train(run: Run) -> None:
+        weight = run.model.get_parameter("net.hidden.weight")
+        begins.append((run, weight.detach().clone(), torch.rand(())))
+        with torch.no_grad():
+            weight.add_(torch.randn_like(weight))
+
+    st.prune_iteratively(train, fresh(), rounds=1, rate=0.5, rewind_to=0, controls=["fresh"])
+    (_, start, first), (ticket, rewound, second), (_, anew, third) = begins
+    mask = ticket.masks["net.hidden.weight"]
+    assert torch.equal(rewound, torch.where(mask, start, 0.0))
+    assert not torch.equal(anew, rewound)
+    assert first == second == third
+    begins.clear()
+    st.prune_iteratively(train, fresh(), rounds=1, rate=0.5)
+    assert begins[0][2] == first  # making controls draws nothing

@@ -104,6 +104,34 @@ def test_the_model_stays_until_apply() -> None:
     assert held.sparsity() == result.sparsity
 
 
+def test_weights_of_blocks_of_one_stay() -> None:
+    model = SmallNet()
+    result = surgeon(model, 0.6, score=st.OptimalBrainSurgeon(block=1))
+    assert result.weights is not None
+    for name, mask in result.masks.items():
+        assert torch.equal(result.weights[name], model.get_parameter(name) * mask)
+
+
+def test_what_was_pruned_before_makes_up_for_nothing() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(40, 6, generator=generator).double(), torch.randn(40, 1, generator=generator)
+    model, before = nn.Linear(6, 1, bias=False).double(), torch.tensor([1, 1, 0, 1, 1, 0]).bool()
+    weight = torch.tensor([[1.0, -0.4, 0.0, 2.0, 0.1, 0.0]]).double()
+    model.weight.data.copy_(weight)
+    rows = 2 * (x @ weight.T - y) * x * before  # of (prediction - y)^2
+    inverse = inverse_fisher_blocks(rows, 6, damping=0.01)
+    score = st.OptimalBrainSurgeon(block=6, damping=0.01)
+    result = st.optimal_brain_surgeon(
+        model, 0.5, [(x, y.double())], F.mse_loss, score=score, update="separate"
+    )
+    mask = result.masks["weight"]
+    assert int(mask.sum()) == 3
+    assert not mask[0, [2, 5]].any()
+    expected = (weight + compensation(weight, mask, inverse, "separate")) * mask
+    assert result.weights is not None
+    torch.testing.assert_close(result.weights["weight"], expected, rtol=1e-9, atol=1e-12)
+
+
 def test_pruned_weights_stay_and_get_no_update() -> None:
     model = SmallNet()
     st.prune(model, "random", 0.3).apply()
