@@ -161,5 +161,26 @@ def test_what_steering_remembers_is_plain() -> None:
     assert {f"{name}.strength" for name in other.targets} <= memory.keys()
 
 
+def test_the_first_multiplier_is_found_when_the_schedule_starts() -> None:
+    policy = st.HardConcrete(sparsity=0.5, total_steps=STEPS, update={"start": 6, "every": 2})
+    model, optimizer = wrap(policy)
+    memory = optimizer._keeper.groups[0][1].memory
+    train(model, optimizer, 0, 6)
+    assert "all.strength" not in memory
+    assert float(optimizer.penalty()) == 0
+    train(model, optimizer, 6, 7)
+    assert memory["all.strength"] > 0
+
+
+def test_gates_move_as_fast_with_momentum_as_without() -> None:
+    policy = st.HardConcrete(sparsity=0.5, total_steps=10_000)
+    plain = policy.group_options({"lr": 0.1})
+    assert plain == {"lr": 0.03}
+    options = policy.group_options({"lr": 0.1, "momentum": 0.9, "weight_decay": 0.1})
+    assert options == {"lr": pytest.approx(0.003), "weight_decay": 0.0}
+    chosen = st.HardConcrete(sparsity=0.5, total_steps=10_000, mask_lr=0.2)
+    assert chosen.group_options({"momentum": 0.9}) == {"lr": 0.2}
+
+
 def test_sharing_by_layer_shape() -> None:
     assert share("output", (3, 4, 2)).size == 8
