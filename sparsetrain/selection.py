@@ -14,8 +14,12 @@ import torch
 from torch import Tensor
 
 from sparsetrain._comparable import check_count, check_finite, comparable, in_layer
-from sparsetrain._threshold import SMALL, best, few_best, few_best_where, larger
+from sparsetrain._threads import pieces, share_out
+from sparsetrain._threshold import SMALL, Array, best, few_best, few_best_where, larger
 from sparsetrain.structures import NM, Structure, Unstructured
+
+# Values that are partitioned together, row by row, in the cache.
+_CHUNK = 1 << 17
 
 
 def top_k(scores: Tensor, k: int, *, name: str = "") -> Tensor:
@@ -140,13 +144,14 @@ def group_top_k(units: Tensor, k: int, *, name: str = "") -> Tensor:
     if size <= 8:
         return _rank_by_pairs(values) < k
     threshold = _row_threshold(values, k)
-    strict, loose = values > threshold, values >= threshold
-    crowded = torch.nonzero(loose.sum(1) > k).squeeze(1)
-    if crowded.numel():
-        tied = loose[crowded] & ~strict[crowded]
-        room = k - strict[crowded].sum(1, keepdim=True)
-        loose[crowded] = strict[crowded] | (tied & (tied.cumsum(1) <= room))
-    return loose
+    chosen = values >= threshold
+    if int(torch.count_nonzero(chosen)) > k * groups:
+        crowded = torch.nonzero(chosen.sum(1) > k).squeeze(1)
+        strict = values[crowded] > threshold[crowded]
+        tied = chosen[crowded] & ~strict
+        room = k - strict.sum(1, keepdim=True)
+        chosen[crowded] = strict | (tied & (tied.cumsum(1) <= room))
+    return chosen
 
 
 def _rank_by_pairs(values: Tensor) -> Tensor:
@@ -163,10 +168,23 @@ def _rank_by_pairs(values: Tensor) -> Tensor:
 def _row_threshold(values: Tensor, k: int) -> Tensor:
     """The k-th largest of each row, as a column."""
     if values.device.type == "cpu":
-        position = values.shape[1] - k
-        ordered = np.partition(values.numpy(), position, axis=1)
-        return torch.from_numpy(ordered[:, position : position + 1].copy())
+        return torch.from_numpy(_row_threshold_on_cpu(values.numpy(), k))
     return torch.topk(values, k, dim=1, sorted=False).values.amin(1, keepdim=True)
+
+
+def _row_threshold_on_cpu(values: Array, k: int) -> Array:
+    rows, size = values.shape
+    found = np.empty((rows, 1), dtype=values.dtype)
+
+    def find(piece: slice) -> None:
+        first, last = piece.start // size, piece.stop // size
+        step = max(_CHUNK // size, 1)
+        for start in range(first, last, step):
+            part = slice(start, min(start + step, last))
+            found[part, 0] = np.partition(values[part], size - k, axis=1)[:, size - k]
+
+    share_out(find, pieces(values.size))
+    return found
 
 
 def _indices(scores: Tensor, k: int, name: str, *, largest: bool) -> Tensor:

@@ -110,9 +110,11 @@ class SquareSums:
             self.slow |= self._named(recording.without_samples())
             for one, is_last in _with_last(passes(recording.outputs, batch.targets)):
                 done.append(one)
-                for name, square in self._short(recording, one, again=not is_last).items():
-                    if name not in self.slow:
-                        self._add(name, square)
+                self._go_back(recording, one, again=not is_last)
+            found = recording.sums_of_squares()
+            for name, parameter in self.parameters.items():
+                if parameter in found and name not in self.slow:
+                    self._add(name, found[parameter])
         for one in done if self.slow else ():
             for gradients in self._long(replace(batch, targets=one.targets), one.loss_fn):
                 for name, gradient in gradients.items():
@@ -128,13 +130,11 @@ class SquareSums:
     def _add(self, name: str, square: Tensor) -> None:
         self.sums[name] = self.sums[name].add_(square) if name in self.sums else square
 
-    def _short(self, recording: Recording, one: Pass, *, again: bool = False) -> dict[str, Tensor]:
-        """Sums of squares by layers, for the parameters that are wanted."""
-        if not recording.uses:
-            return {}
-        losses = sample_losses(one.loss_fn, recording.outputs, one.targets, recording.size)
-        found = recording.sums_of_squares(losses.sum(), again=again)
-        return {name: found[p] for name, p in self.parameters.items() if p in found}
+    def _go_back(self, recording: Recording, one: Pass, *, again: bool) -> None:
+        """A pass through the layers that have a short way."""
+        if recording.uses:
+            losses = sample_losses(one.loss_fn, recording.outputs, one.targets, recording.size)
+            recording.go_back(losses.sum(), again=again)
 
     def _long(self, batch: Batch, loss_fn: LossFunction) -> Iterator[dict[str, Tensor]]:
         """Per-sample gradients of the parameters that have no short way."""

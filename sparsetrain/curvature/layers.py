@@ -19,6 +19,8 @@ from sparsetrain.convolution import padded_input
 #: Leaf name, "weight" or "bias" -> tensor.
 Gradients = dict[str, Tensor]
 PerSample = Callable[[Any, Tensor, Tensor], Gradients]
+#: Numbers that stay in the cache between being computed, squared and added up.
+_CACHED = 1 << 19
 
 
 def is_known(module: nn.Module) -> bool:
@@ -40,22 +42,33 @@ def per_sample(module: nn.Module, given: Tensor, back: Tensor) -> Gradients:
     return {leaf: value for leaf, value in gradients.items() if _has(module, leaf)}
 
 
+def has_outer_products(module: nn.Module, given: Tensor) -> bool:
+    """Whether the gradient of a sample is an outer product, and so is its square."""
+    return isinstance(module, nn.Linear) and given.dim() == 2
+
+
+def sums_of_outer_squares(module: nn.Module, given: Tensor, squares: Tensor) -> Gradients:
+    """As `sums_of_squares`, for a layer that has outer products.
+
+    Args:
+        squares: those of the gradient on the layer's output. Squares of several passes with the
+            same input may be added up before.
+    """
+    sums = {"weight": squares.T @ given.square(), "bias": squares.sum(0)}
+    return {leaf: value for leaf, value in sums.items() if _has(module, leaf)}
+
+
 def sums_of_squares(module: nn.Module, given: Tensor, back: Tensor, budget: int) -> Gradients:
     """Squares of the per-sample gradients, summed over the samples.
 
     Args:
         budget: numbers that the per-sample gradients may take at a time.
     """
-    if isinstance(module, nn.Linear) and given.dim() == 2:
-        # The gradient of a sample is an outer product, and so is its square.
-        given, back = given.square(), back.square()
-        sums = {"weight": back.T @ given, "bias": back.sum(0)}
-        return {leaf: value for leaf, value in sums.items() if _has(module, leaf)}
     if isinstance(module, nn.Embedding):
         return {"weight": _embedding_squares(module, given, back)}
     numel = sum(parameter.numel() for parameter in module.parameters(recurse=False))
-    size = max(budget // max(numel, 1), 1)
-    sums = {}
+    size = max(min(budget, _CACHED) // max(numel, 1), 1)
+    sums: Gradients = {}
     for start in range(0, len(given), size):
         part = slice(start, start + size)
         for leaf, gradient in per_sample(module, given[part], back[part]).items():
@@ -87,25 +100,27 @@ def _linear(module: nn.Linear, given: Tensor, back: Tensor) -> Gradients:
 
 
 def _convolution(module: Any, given: Tensor, back: Tensor) -> Gradients:
-    bias = back.flatten(2).sum(2)
     given, padding = padded_input(module, given)
     samples, channels, outputs = len(given), given.shape[1], back.shape[1]
-    # All samples as groups of one convolution, whose weights have a copy for every sample.
+    # All samples as groups of one convolution, whose parameters have a copy for every sample.
     weight = module.weight.new_empty(1).expand(samples * outputs, *module.weight.shape[1:])
-    _, gradient, _ = torch.ops.aten.convolution_backward(
+    _, of_weight, of_bias = torch.ops.aten.convolution_backward(
         back.reshape(1, samples * outputs, *back.shape[2:]),
         given.reshape(1, samples * channels, *given.shape[2:]),
         weight,
-        None,
+        [samples * outputs],
         module.stride,
         padding,
         module.dilation,
         False,
         [0] * len(module.stride),
         samples * module.groups,
-        [False, True, False],
+        [False, True, True],
     )
-    return {"weight": gradient.reshape(samples, *module.weight.shape), "bias": bias}
+    return {
+        "weight": of_weight.reshape(samples, *module.weight.shape),
+        "bias": of_bias.reshape(samples, outputs),
+    }
 
 
 def _normalised(module: Any, given: Tensor, back: Tensor, unit: Tensor, dims: int) -> Gradients:

@@ -6,8 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import vmap
+from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 #: (outputs of the model, targets) of a batch -> a scalar.
@@ -30,7 +31,9 @@ def sample_losses(loss_fn: LossFunction, outputs: Any, targets: Any, size: int) 
         ValueError: the loss is no scalar, or NaN or infinite.
     """
     if isinstance(outputs, Tensor) and isinstance(targets, Tensor):
-        losses = _vectorised(loss_fn, outputs, targets)
+        losses = _of_classes(loss_fn, outputs, targets)
+        if losses is None:
+            losses = _vectorised(loss_fn, outputs, targets)
     else:
         losses = _one_by_one(loss_fn, outputs, targets, size)
     if losses.shape != (size,):
@@ -46,6 +49,22 @@ def sample_losses(loss_fn: LossFunction, outputs: Any, targets: Any, size: int) 
             "bad inputs, or a model that has diverged"
         )
     return losses
+
+
+def _of_classes(loss_fn: LossFunction, outputs: Tensor, targets: Tensor) -> Tensor | None:
+    """Plain cross-entropy without vmap, which takes longer and loads much for it at first."""
+    if type(loss_fn) is nn.CrossEntropyLoss:
+        is_plain = loss_fn.weight is None and not loss_fn.label_smoothing
+        ignored, reduction = loss_fn.ignore_index, loss_fn.reduction
+    else:
+        is_plain, ignored, reduction = loss_fn is F.cross_entropy, -100, "mean"
+    has_classes = outputs.dim() > 1 and targets.dtype == torch.int64
+    if not (is_plain and has_classes and reduction in ("mean", "sum")):
+        return None
+    if outputs.shape[:1] + outputs.shape[2:] != targets.shape or (targets == ignored).any():
+        return None
+    losses = F.cross_entropy(outputs, targets, reduction="none").reshape(len(outputs), -1)
+    return losses.sum(1) if reduction == "sum" else losses.mean(1)
 
 
 def _vectorised(loss_fn: LossFunction, outputs: Tensor, targets: Tensor) -> Tensor:

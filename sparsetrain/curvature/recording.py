@@ -31,7 +31,8 @@ class Use:
     given: Tensor
     version: int
     size: int  # of dimension 0 of the output
-    back: Tensor | None = None
+    back: Tensor | None = None  # gradient of a pass, waiting for other uses of the parameters
+    squares: Tensor | None = None  # of the gradients of all passes, where those are enough
 
     def has_samples(self, size: int) -> bool:
         """Whether samples are along dimension 0 of what went in and out."""
@@ -96,22 +97,30 @@ class Recording:
         uses = [use for use in self.uses if not use.has_samples(self.size)]
         return [parameter for use in uses for parameter in use.parameters()]
 
-    def sums_of_squares(self, total: Tensor, *, again: bool = False) -> Sums:
-        """Squares of per-sample gradients, summed over the samples.
+    def go_back(self, total: Tensor, *, again: bool = False) -> None:
+        """A backward pass, whose squares are added to those of earlier ones.
 
         Args:
             total: a sum over samples of a function of each one's outputs.
-            again: whether there will be another call.
+            again: whether there will be another pass.
+        """
+        for use in self.uses:
+            use.back = None
+        torch.autograd.grad(total, self._start, retain_graph=again, allow_unused=True)
+        self._add_shared()
+
+    def sums_of_squares(self) -> Sums:
+        """Squares of per-sample gradients, summed over the samples and over all passes.
 
         Returns:
             Parameter -> tensor of its shape. A parameter that several layers or calls share is
             there once, with the square of the sum. Layers that were not called are missing.
         """
-        self._sums = {}
         for use in self.uses:
-            use.back = None
-        torch.autograd.grad(total, self._start, retain_graph=again, allow_unused=True)
-        self._add_shared()
+            if use.squares is not None:
+                found = layers.sums_of_outer_squares(use.module, use.given, use.squares)
+                self._add(use.module, found)
+                use.squares = None
         return self._sums
 
     def _came_back(self, use: Use, back: Tensor) -> None:
@@ -121,11 +130,22 @@ class Recording:
                 "curvature needs it as it was"
             )
         use.back = back.detach()
-        if id(use) in self._alone and use.has_samples(self.size):
+        if id(use) not in self._alone or not use.has_samples(self.size):
+            return
+        if layers.has_outer_products(use.module, use.given):
+            # One matrix product for all passes, in the end: the input is the same.
+            square = use.back.square()
+            use.squares = square if use.squares is None else use.squares.add_(square)
+        else:
             found = layers.sums_of_squares(use.module, use.given, use.back, self.budget)
-            for leaf, square in found.items():
-                self._sums[getattr(use.module, leaf)] = square
-            use.back = None
+            self._add(use.module, found)
+        use.back = None
+
+    def _add(self, module: nn.Module, found: layers.Gradients) -> None:
+        for leaf, square in found.items():
+            parameter = getattr(module, leaf)
+            known = self._sums.get(parameter)
+            self._sums[parameter] = square if known is None else known.add_(square)
 
     def _add_shared(self) -> None:
         """Parameters with several uses: their gradients are added up before squaring."""

@@ -8,6 +8,10 @@ from torch import Tensor
 from sparsetrain.selection import n_m_mask, top_k
 from sparsetrain.structures import NM
 
+#: Columns among which each error is spread at once; what lies to their right gets the errors of
+#: all of them by one matrix product. So few columns stay in the cache.
+_NARROW = 16
+
 
 def inverse_root(hessian: Tensor, damping: float, *, name: str) -> Tensor:
     """The upper triangular U with U' U = (H + damping mean(diag H) I)^-1.
@@ -61,7 +65,7 @@ def surgery(
         root: U of `inverse_root`.
         keep: weights to keep in all, shared out over the blocks as evenly as it goes; or n:m.
         dead: bool [inputs], inputs that were always 0; their weights are worth nothing.
-        block: columns.
+        block: columns; whole groups of n:m are taken.
 
     Returns:
         The new weight, 0 where pruned, and its mask.
@@ -71,6 +75,8 @@ def surgery(
         work[:, dead] = 0.0
     mask = torch.zeros_like(work, dtype=torch.bool)
     columns = work.shape[1]
+    if isinstance(keep, NM):
+        block = _whole_groups(block, keep)
     left = keep
     for start in range(0, columns, block):
         stop = min(start + block, columns)
@@ -87,19 +93,34 @@ def surgery(
     return work, mask
 
 
+def _whole_groups(columns: int, structure: NM) -> int:
+    """So many columns, or a few less that are whole groups; one group at least."""
+    return structure.m * max(columns // structure.m, 1)
+
+
 def _block(part: Tensor, triangle: Tensor, chosen: Tensor | NM, name: str) -> tuple[Tensor, Tensor]:
     """Prune the columns of one block in place; their errors, and the mask."""
-    errors = torch.zeros_like(part)
-    mask = torch.zeros_like(part, dtype=torch.bool) if isinstance(chosen, NM) else chosen
-    diagonal = triangle.diagonal()
-    for i in range(part.shape[1]):
-        if isinstance(chosen, NM) and i % chosen.m == 0:
-            group = slice(i, i + chosen.m)  # ranked with what earlier columns have made of it
-            scores = (part[:, group] / diagonal[group]).square()
-            mask[:, group] = n_m_mask(scores, chosen.n, chosen.m, name=name)
-        column = part[:, i]
-        error = torch.where(mask[:, i], 0.0, column) / diagonal[i]
-        part[:, i:].addr_(error, triangle[i, i:], alpha=-1)
-        part[:, i].masked_fill_(~mask[:, i], 0.0)  # exactly
-        errors[:, i] = error
-    return errors, mask
+    columns = part.T.contiguous()  # so that a column lies in one piece
+    errors = torch.empty_like(columns)
+    diagonal = triangle.diagonal().unsqueeze(1)
+    width = _NARROW
+    if isinstance(chosen, NM):
+        width = _whole_groups(width, chosen)
+        mask = torch.empty_like(columns, dtype=torch.bool)
+        factors = torch.empty_like(columns)
+    else:
+        mask = chosen.T.contiguous()
+        factors = ~mask / diagonal
+    for start in range(0, len(columns), width):
+        stop = min(start + width, len(columns))
+        for i in range(start, stop):
+            if isinstance(chosen, NM) and i % chosen.m == 0:
+                group = slice(i, i + chosen.m)  # ranked with what earlier columns have made of it
+                scores = (columns[group] / diagonal[group]).square().T
+                mask[group] = n_m_mask(scores, chosen.n, chosen.m, name=name).T
+                factors[group] = ~mask[group] / diagonal[group]
+            torch.mul(columns[i], factors[i], out=errors[i])
+            columns[i + 1 : stop].addr_(triangle[i, i + 1 : stop], errors[i], alpha=-1)
+        columns[stop:].addmm_(triangle[start:stop, stop:].T, errors[start:stop], alpha=-1)
+    part.copy_(torch.where(mask, columns, 0.0).T)
+    return errors.T, mask.T

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparsetrain.batches import Batch
-from sparsetrain.curvature import diagonals, fisher_diagonal, per_sample_gradients
+from sparsetrain.curvature import diagonals, fisher_diagonal, layers, per_sample_gradients
 from sparsetrain.curvature.evaluating import evaluating
 
 pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop")
@@ -33,6 +33,17 @@ def test_every_way_gives_what_a_loop_over_samples_gives(name: str, method: Any) 
 def test_little_memory_gives_the_same(name: str, budget: int) -> None:
     made = case(name)
     found = fisher_diagonal(made.model, made.batches, F.cross_entropy, budget=budget)
+    assert largest_error(found, slow_fisher(made, F.cross_entropy)) < 1e-12
+
+
+@pytest.mark.parametrize("cached", [1, 300])
+@pytest.mark.parametrize("name", ["residual", "tokens", "conv1d", "conv3d"])
+def test_samples_may_be_taken_some_at_a_time(
+    name: str, cached: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(layers, "_CACHED", cached)
+    made = case(name)
+    found = fisher_diagonal(made.model, made.batches, F.cross_entropy)
     assert largest_error(found, slow_fisher(made, F.cross_entropy)) < 1e-12
 
 

@@ -33,6 +33,18 @@ def test_the_ggn_of_a_relu_net_is_its_hessian(loss: str, method: Any) -> None:
     assert found.curvature == "GGN"
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("name", ["residual", "twice", "tied", "time_first", "unused"])
+@pytest.mark.parametrize("estimate", ["exact", "monte_carlo"])
+def test_passes_are_added_up_in_every_way(name: str, estimate: Any) -> None:
+    made = case(name)
+    options: Any = {"estimate": estimate, "probes": 3}
+    loss = LOSSES["cross_entropy"]
+    found = ggn_diagonal(made.model, made.batches, loss, **options)
+    slow = ggn_diagonal(made.model, made.batches, loss, method="vmap", **options)
+    assert largest_error(found, slow) < 1e-12
+
+
 @each_loss
 def test_the_ggn_of_a_tanh_net_is_not_its_hessian(loss: str) -> None:
     made = case("tanh")

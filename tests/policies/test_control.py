@@ -172,6 +172,14 @@ def test_the_first_multiplier_is_found_when_the_schedule_starts() -> None:
     assert memory["all.strength"] > 0
 
 
+def test_a_strength_of_ones_own_waits_for_the_start() -> None:
+    policy = st.HardConcrete(strength=0.1, update={"start": 3, "every": 2})
+    model, optimizer = wrap(policy)
+    for step in range(5):
+        assert (float(optimizer.penalty()) > 0) == (step >= 3)
+        train(model, optimizer, step, step + 1)
+
+
 def test_gates_move_as_fast_with_momentum_as_without() -> None:
     policy = st.HardConcrete(sparsity=0.5, total_steps=10_000)
     plain = policy.group_options({"lr": 0.1})
