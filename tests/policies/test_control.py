@@ -180,6 +180,41 @@ def test_a_strength_of_ones_own_waits_for_the_start() -> None:
         train(model, optimizer, step, step + 1)
 
 
+@pytest.mark.parametrize(
+    ("update", "message"),
+    [({"start": 20}, "stop before step 8"), ({"stop": 50}, "lies beyond total_steps=10")],
+)
+def test_a_schedule_has_to_fit_the_run(update: dict[str, int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        st.HardConcrete(sparsity=0.5, total_steps=10, update=update)
+
+
+def test_gradients_of_gates_are_divided_by_a_running_mean() -> None:
+    policy = st.HardConcrete(sparsity=0.5, total_steps=STEPS)
+    _, optimizer = wrap(policy, optimizer="sgd")
+    group = optimizer._keeper.groups[0][1]
+    held = group.held_as(LearnedTarget)[0]
+    (gate,) = held.learned.gates()
+    for size, expected in ((4.0, 1.0), (0.4, 0.4 / math.sqrt(0.99 * 16 + 0.01 * 0.16))):
+        gate.grad = torch.full_like(gate, size)
+        policy._normalise(group, held)
+        torch.testing.assert_close(gate.grad, torch.full_like(gate, expected))
+
+
+def test_finalizing_makes_exact_what_further_training_has_changed() -> None:
+    policy = st.HardConcrete(sparsity=0.7, total_steps=STEPS, exact=True)
+    model, optimizer = wrap(policy)
+    train(model, optimizer, 0, STEPS)
+    with torch.no_grad():
+        for held in optimizer._keeper.groups[0][1].held_as(LearnedTarget):
+            for gate in held.learned.gates():
+                gate.copy_(torch.randn_like(gate))
+    optimizer.finalize()
+    weights = [model.get_parameter(name) for name in optimizer.targets]
+    kept = sum(int((weight != 0).sum()) for weight in weights)
+    assert kept == round(0.3 * sum(weight.numel() for weight in weights))
+
+
 def test_gates_move_as_fast_with_momentum_as_without() -> None:
     policy = st.HardConcrete(sparsity=0.5, total_steps=10_000)
     plain = policy.group_options({"lr": 0.1})
