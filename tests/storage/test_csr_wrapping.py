@@ -150,6 +150,8 @@ def test_layers_without_a_sparse_form_stay_masked_with_a_reason() -> None:
         if storage == "csr":
             expected["plain.weight"] = "csr"
             assert reasons["plain.weight"] == ""
+        else:
+            del expected["plain.weight"]  # the faster one, which depends on the machine's load
         assert {k: v for k, v in held(optimizer).items() if k in expected} == expected
         train(model, optimizer, 1, 12)
         optimizer.finalize()
