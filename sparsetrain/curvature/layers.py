@@ -20,7 +20,7 @@ from sparsetrain.convolution import padded_input
 Gradients = dict[str, Tensor]
 PerSample = Callable[[Any, Tensor, Tensor], Gradients]
 #: Numbers that stay in the cache between being computed, squared and added up.
-_CACHED = 1 << 19
+_CACHED = 1 << 20
 
 
 def is_known(module: nn.Module) -> bool:
@@ -40,6 +40,14 @@ def per_sample(module: nn.Module, given: Tensor, back: Tensor) -> Gradients:
     assert rule is not None
     gradients = rule(module, given, back)
     return {leaf: value for leaf, value in gradients.items() if _has(module, leaf)}
+
+
+def numbers_of_a_sample(module: Any, back: Tensor) -> int:
+    """How many the gradients of a sample are, or what has to be made on the way to them."""
+    numel: int = sum(parameter.numel() for parameter in module.parameters(recurse=False))
+    if _takes_patches(module):
+        numel = max(numel, module.weight[0].numel() * back[0, 0].numel())
+    return max(numel, 1)
 
 
 def has_outer_products(module: nn.Module, given: Tensor) -> bool:
@@ -66,8 +74,7 @@ def sums_of_squares(module: nn.Module, given: Tensor, back: Tensor, budget: int)
     """
     if isinstance(module, nn.Embedding):
         return {"weight": _embedding_squares(module, given, back)}
-    numel = sum(parameter.numel() for parameter in module.parameters(recurse=False))
-    size = max(min(budget, _CACHED) // max(numel, 1), 1)
+    size = max(min(budget, _CACHED) // numbers_of_a_sample(module, back), 1)
     sums: Gradients = {}
     for start in range(0, len(given), size):
         part = slice(start, start + size)
@@ -99,7 +106,19 @@ def _linear(module: nn.Linear, given: Tensor, back: Tensor) -> Gradients:
     return {"weight": back.transpose(1, 2) @ given, "bias": back.sum(1)}
 
 
+def _takes_patches(module: Any) -> bool:
+    """Whether a convolution is computed as the Linear layer of its patches."""
+    # oneDNN has fast grouped kernels for multiples of 8 channels; a network's first layer has 3.
+    is_convolution = isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
+    return is_convolution and module.groups == 1 and module.in_channels % 8 != 0
+
+
 def _convolution(module: Any, given: Tensor, back: Tensor) -> Gradients:
+    if _takes_patches(module):
+        patches = _patches(module, given, back.shape[2:])
+        rows = back.flatten(2)
+        weight = rows @ patches.transpose(1, 2)
+        return {"weight": weight.reshape(len(given), *module.weight.shape), "bias": rows.sum(2)}
     given, padding = padded_input(module, given)
     samples, channels, outputs = len(given), given.shape[1], back.shape[1]
     # All samples as groups of one convolution, whose parameters have a copy for every sample.
@@ -121,6 +140,20 @@ def _convolution(module: Any, given: Tensor, back: Tensor) -> Gradients:
         "weight": of_weight.reshape(samples, *module.weight.shape),
         "bias": of_bias.reshape(samples, outputs),
     }
+
+
+def _patches(module: Any, given: Tensor, positions: torch.Size) -> Tensor:
+    """What a convolution multiplies its weight with: [samples, inputs, positions]."""
+    given, padding = padded_input(module, given)
+    given = F.pad(given, [side for both in reversed(padding) for side in (both, both)])
+    strides = given.stride()
+    kernel_steps = [s * d for s, d in zip(strides[2:], module.dilation, strict=True)]
+    position_steps = [s * d for s, d in zip(strides[2:], module.stride, strict=True)]
+    patches = given.as_strided(
+        (*given.shape[:2], *module.kernel_size, *positions),
+        (*strides[:2], *kernel_steps, *position_steps),
+    )
+    return patches.reshape(len(given), module.weight[0].numel(), -1)
 
 
 def _normalised(module: Any, given: Tensor, back: Tensor, unit: Tensor, dims: int) -> Gradients:

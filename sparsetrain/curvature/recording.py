@@ -151,7 +151,8 @@ class Recording:
         """Parameters with several uses: their gradients are added up before squaring."""
         waiting = [u for u in self.uses if u.back is not None and u.has_samples(self.size)]
         largest = max(
-            (p.numel() for u in waiting for p in u.module.parameters(recurse=False)), default=1
+            (layers.numbers_of_a_sample(u.module, u.back) for u in waiting if u.back is not None),
+            default=1,
         )
         size = max(self.budget // largest, 1)
         for start in range(0, self.size if waiting else 0, size):
