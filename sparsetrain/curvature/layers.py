@@ -7,7 +7,8 @@ squares over the samples. Samples are along dimension 0 of both tensors.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from sparsetrain.convolution import padded_input
 Gradients = dict[str, Tensor]
 PerSample = Callable[[Any, Tensor, Tensor], Gradients]
 #: Numbers that stay in the cache between being computed, squared and added up.
-_CACHED = 1 << 20
+_CACHED = 1 << 19
 
 
 def is_known(module: nn.Module) -> bool:
@@ -74,11 +75,15 @@ def sums_of_squares(module: nn.Module, given: Tensor, back: Tensor, budget: int)
     """
     if isinstance(module, nn.Embedding):
         return {"weight": _embedding_squares(module, given, back)}
-    size = max(min(budget, _CACHED) // numbers_of_a_sample(module, back), 1)
+    numbers = len(given) * numbers_of_a_sample(module, back)
+    count = max(math.ceil(numbers / budget), round(numbers / _CACHED), 1)
+    size = math.ceil(len(given) / count)
+    parts = list(zip(torch.split(given, size), torch.split(back, size), strict=True))
+    if _has_products(module, given):
+        return _sums_of_squared_products(module, parts)
     sums: Gradients = {}
-    for start in range(0, len(given), size):
-        part = slice(start, start + size)
-        for leaf, gradient in per_sample(module, given[part], back[part]).items():
+    for part in parts:
+        for leaf, gradient in per_sample(module, *part).items():
             square = gradient.square_().sum(0)
             sums[leaf] = sums[leaf].add_(square) if leaf in sums else square
     return sums
@@ -96,14 +101,11 @@ def _rule(module: nn.Module) -> PerSample | None:
     return None
 
 
-# One function a kind of layer.
+# Layers whose weight has a matrix product for the gradient of a sample.
 
 
-def _linear(module: nn.Linear, given: Tensor, back: Tensor) -> Gradients:
-    if given.dim() == 2:
-        return {"weight": back.unsqueeze(2) * given.unsqueeze(1), "bias": back.clone()}
-    given, back = given.flatten(1, -2), back.flatten(1, -2)
-    return {"weight": back.transpose(1, 2) @ given, "bias": back.sum(1)}
+def _has_products(module: nn.Module, given: Tensor) -> bool:
+    return _takes_patches(module) or (isinstance(module, nn.Linear) and given.dim() > 2)
 
 
 def _takes_patches(module: Any) -> bool:
@@ -113,12 +115,45 @@ def _takes_patches(module: Any) -> bool:
     return is_convolution and module.groups == 1 and module.in_channels % 8 != 0
 
 
+def _factors(module: Any, given: Tensor, back: Tensor) -> tuple[Tensor, Tensor]:
+    """[samples, outputs, places] and [samples, places, inputs]."""
+    if isinstance(module, nn.Linear):
+        return back.flatten(1, -2).transpose(1, 2), given.flatten(1, -2)
+    return back.flatten(2), _patches(module, given, back.shape[2:]).transpose(1, 2)
+
+
+def _of_products(module: Any, given: Tensor, back: Tensor) -> Gradients:
+    rows, columns = _factors(module, given, back)
+    weight = torch.bmm(rows, columns).reshape(-1, *module.weight.shape)
+    return {"weight": weight, "bias": rows.sum(2)}
+
+
+def _sums_of_squared_products(module: Any, parts: Sequence[tuple[Tensor, Tensor]]) -> Gradients:
+    """As `sums_of_squares`, with one piece of memory for the products of all parts."""
+    given, back = parts[0]
+    memory = back.new_empty(len(given), len(module.weight), module.weight[0].numel())
+    weight, bias = torch.zeros_like(memory[0]), back.new_zeros(len(module.weight))
+    for given, back in parts:
+        rows, columns = _factors(module, given, back)
+        products = torch.bmm(rows, columns, out=memory[: len(rows)])
+        weight += products.square_().sum(0)
+        bias += rows.sum(2).square_().sum(0)
+    sums = {"weight": weight.view_as(module.weight), "bias": bias}
+    return {leaf: value for leaf, value in sums.items() if _has(module, leaf)}
+
+
+# One function a kind of layer.
+
+
+def _linear(module: nn.Linear, given: Tensor, back: Tensor) -> Gradients:
+    if given.dim() == 2:
+        return {"weight": back.unsqueeze(2) * given.unsqueeze(1), "bias": back.clone()}
+    return _of_products(module, given, back)
+
+
 def _convolution(module: Any, given: Tensor, back: Tensor) -> Gradients:
     if _takes_patches(module):
-        patches = _patches(module, given, back.shape[2:])
-        rows = back.flatten(2)
-        weight = rows @ patches.transpose(1, 2)
-        return {"weight": weight.reshape(len(given), *module.weight.shape), "bias": rows.sum(2)}
+        return _of_products(module, given, back)
     given, padding = padded_input(module, given)
     samples, channels, outputs = len(given), given.shape[1], back.shape[1]
     # All samples as groups of one convolution, whose parameters have a copy for every sample.

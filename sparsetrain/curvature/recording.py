@@ -34,6 +34,17 @@ class Use:
     back: Tensor | None = None  # gradient of a pass, waiting for other uses of the parameters
     squares: Tensor | None = None  # of the gradients of all passes, where those are enough
 
+    def squares_of_parameters(self) -> layers.Gradients:
+        """Those of all passes, in one matrix product: the input was the same."""
+        assert self.squares is not None
+        found = layers.sums_of_outer_squares(self.module, self.given, self.squares)
+        self.squares = None
+        return found
+
+    def release(self) -> None:
+        """Let go of what went in, which no later pass needs."""
+        self.given = self.given.new_empty(0)
+
     def has_samples(self, size: int) -> bool:
         """Whether samples are along dimension 0 of what went in and out."""
         return len(self.given) == self.size == size
@@ -59,6 +70,7 @@ class Recording:
         self.size = batch.size
         self.budget = budget
         self.uses: list[Use] = []
+        self._is_last = False  # of the passes
         self._start = torch.zeros((), requires_grad=True)
         self._sums: Sums = {}
         names = {id(module): name for name, module in modules.items()}
@@ -104,6 +116,7 @@ class Recording:
             total: a sum over samples of a function of each one's outputs.
             again: whether there will be another pass.
         """
+        self._is_last = not again
         for use in self.uses:
             use.back = None
         torch.autograd.grad(total, self._start, retain_graph=again, allow_unused=True)
@@ -117,10 +130,8 @@ class Recording:
             there once, with the square of the sum. Layers that were not called are missing.
         """
         for use in self.uses:
-            if use.squares is not None:
-                found = layers.sums_of_outer_squares(use.module, use.given, use.squares)
-                self._add(use.module, found)
-                use.squares = None
+            if use.squares is not None:  # the last pass has not come to it
+                self._add(use.module, use.squares_of_parameters())
         return self._sums
 
     def _came_back(self, use: Use, back: Tensor) -> None:
@@ -133,13 +144,16 @@ class Recording:
         if id(use) not in self._alone or not use.has_samples(self.size):
             return
         if layers.has_outer_products(use.module, use.given):
-            # One matrix product for all passes, in the end: the input is the same.
             square = use.back.square()
             use.squares = square if use.squares is None else use.squares.add_(square)
+            if self._is_last:
+                self._add(use.module, use.squares_of_parameters())
         else:
             found = layers.sums_of_squares(use.module, use.given, use.back, self.budget)
             self._add(use.module, found)
         use.back = None
+        if self._is_last:
+            use.release()
 
     def _add(self, module: nn.Module, found: layers.Gradients) -> None:
         for leaf, square in found.items():
