@@ -135,10 +135,6 @@ def _hooked() -> nn.Module:
     return model
 
 
-_ATTENTION = tuple(
-    f"block.self_attn.{name}"
-    for name in ("in_proj_weight", "in_proj_bias", "out_proj.weight", "out_proj.bias")
-)
 _BEHIND = tuple(f"0.parametrizations.weight.original{i}" for i in (0, 1))
 _MADE: dict[str, Callable[[], tuple[nn.Module, Tensor, int, tuple[str, ...]]]] = {
     "mlp": lambda: (
@@ -148,8 +144,8 @@ _MADE: dict[str, Callable[[], tuple[nn.Module, Tensor, int, tuple[str, ...]]]] =
         (),
     ),
     "residual": lambda: (Residual(), torch.randn(7, 3, 6, 6), 5, ()),
-    "tokens": lambda: (Tokens(False), _tokens(), 11, _ATTENTION),
-    "tied": lambda: (Tokens(True), _tokens(), 11, _ATTENTION),
+    "tokens": lambda: (Tokens(False), _tokens(), 11, ()),
+    "tied": lambda: (Tokens(True), _tokens(), 11, ()),
     "twice": lambda: (Twice(), _tokens(), 11, ("embed.weight",)),
     "time_first": lambda: (TimeFirst(), torch.randn(7, 5, 6), 3, ("inner.weight", "inner.bias")),
     "conv1d": lambda: (

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from itertools import chain
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -21,6 +22,7 @@ from sparsetrain.batches import Adapter, Batch, read
 from sparsetrain.candidates import unwrapped
 from sparsetrain.config import did_you_mean
 from sparsetrain.curvature import layers, vmapped
+from sparsetrain.curvature.attention import Attentions
 from sparsetrain.curvature.evaluating import evaluating, wanting
 from sparsetrain.curvature.graph import uses_of_parameters
 from sparsetrain.curvature.losses import LossFunction, sample_losses
@@ -94,6 +96,7 @@ class SquareSums:
         self.budget = budget
         self.samples = 0
         self.sums: dict[str, Tensor] = {}
+        self.attentions = Attentions(model)
         #: Layers that have a short way, and the parameters that need a long one.
         self.modules: dict[str, nn.Module] = {}
         self.slow: dict[str, Parameter] | None = None
@@ -105,7 +108,7 @@ class SquareSums:
             self.slow = self._need_a_long_way(batch.part(0, 1 if batch.size == 2 else 2))
         self.samples += batch.size
         done = []
-        with wanting(self.model, ()):
+        with wanting(self.model, ()), self.attentions.by_layers():
             recording = Recording(self.model, self.modules, batch, self.budget)
             self.slow |= self._named(recording.without_samples())
             for one, is_last in _with_last(passes(recording.outputs, batch.targets)):
@@ -156,11 +159,11 @@ class SquareSums:
         wanted = {id(parameter) for parameter in self.parameters.values()}
         self.modules = {
             name: module
-            for name, module in self.model.named_modules()
+            for name, module in chain(self.model.named_modules(), self.attentions.layers.items())
             if layers.is_known(module)
             and any(id(p) in wanted for p in module.parameters(recurse=False))
         }
-        with wanting(self.model, self.parameters.values()):
+        with wanting(self.model, self.parameters.values()), self.attentions.by_layers():
             recording = Recording(self.model, self.modules, few, self.budget)
             in_graph = uses_of_parameters(recording.outputs)
         known = Counter(id(p) for use in recording.uses for p in use.parameters())

@@ -14,16 +14,22 @@ from torch.nn import Parameter
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode with gradients enabled; each module's mode comes back at the end.
 
+    Attention goes torch's ordinary way, as in training: its shortcut of evaluation mode packs
+    padded tokens into nested tensors, which hooks cannot read and which give other outputs.
+
     Raises:
         ValueError: a layer mixes the samples of a batch even in evaluation mode.
     """
     _check(model)
     modes = [(module, module.training) for module in model.modules()]
+    has_shortcut = torch.backends.mha.get_fastpath_enabled()
     try:
         model.eval()
+        torch.backends.mha.set_fastpath_enabled(False)
         with torch.enable_grad():
             yield
     finally:
+        torch.backends.mha.set_fastpath_enabled(has_shortcut)
         for module, mode in modes:
             module.training = mode
 
