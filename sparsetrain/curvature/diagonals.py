@@ -26,7 +26,7 @@ from sparsetrain.curvature.attention import Attentions
 from sparsetrain.curvature.evaluating import evaluating, wanting
 from sparsetrain.curvature.graph import uses_of_parameters
 from sparsetrain.curvature.losses import LossFunction, sample_losses
-from sparsetrain.curvature.recording import Recording
+from sparsetrain.curvature.recording import Recording, Sums
 
 Method = Literal["auto", "vmap", "loop"]
 #: Numbers that per-sample gradients may take at a time.
@@ -95,7 +95,9 @@ class SquareSums:
         self.method = method
         self.budget = budget
         self.samples = 0
-        self.sums: dict[str, Tensor] = {}
+        #: Sums by the short way and by the long one.
+        self.short: Sums = {}
+        self.long: dict[str, Tensor] = {}
         self.attentions = Attentions(model)
         #: Layers that have a short way, and the parameters that need a long one.
         self.modules: dict[str, nn.Module] = {}
@@ -109,29 +111,27 @@ class SquareSums:
         self.samples += batch.size
         done = []
         with wanting(self.model, ()), self.attentions.by_layers():
-            recording = Recording(self.model, self.modules, batch, self.budget)
-            self.slow |= self._named(recording.without_samples())
+            left_out = self.slow.values()
+            recording = Recording(
+                self.model, self.modules, batch, self.budget, self.short, left_out
+            )
+            self.slow |= self._named(recording.without_samples)
             for one, is_last in _with_last(passes(recording.outputs, batch.targets)):
                 done.append(one)
                 self._go_back(recording, one, again=not is_last)
-            found = recording.sums_of_squares()
-            for name, parameter in self.parameters.items():
-                if parameter in found and name not in self.slow:
-                    self._add(name, found[parameter])
         for one in done if self.slow else ():
             for gradients in self._long(replace(batch, targets=one.targets), one.loss_fn):
                 for name, gradient in gradients.items():
-                    self._add(name, gradient.square().sum(0))  # the gradient may be expanded
+                    square = gradient.square().sum(0)  # the gradient may be expanded
+                    self.long[name] = self.long[name].add_(square) if name in self.long else square
 
     def means(self) -> dict[str, Tensor]:
         """The sums over the number of samples; 0 for parameters that are not used. Ends it all."""
-        return {
-            name: self.sums[name].div_(self.samples) if name in self.sums else torch.zeros_like(p)
-            for name, p in self.parameters.items()
-        }
+        return {name: self._sum(name, p).div_(self.samples) for name, p in self.parameters.items()}
 
-    def _add(self, name: str, square: Tensor) -> None:
-        self.sums[name] = self.sums[name].add_(square) if name in self.sums else square
+    def _sum(self, name: str, parameter: Parameter) -> Tensor:
+        found = [s for s in (self.short.get(parameter), self.long.get(name)) if s is not None]
+        return sum(found[1:], found[0]) if found else torch.zeros_like(parameter)
 
     def _go_back(self, recording: Recording, one: Pass, *, again: bool) -> None:
         """A pass through the layers that have a short way."""
@@ -164,10 +164,10 @@ class SquareSums:
             and any(id(p) in wanted for p in module.parameters(recurse=False))
         }
         with wanting(self.model, self.parameters.values()), self.attentions.by_layers():
-            recording = Recording(self.model, self.modules, few, self.budget)
+            recording = Recording(self.model, self.modules, few, self.budget, {})
             in_graph = uses_of_parameters(recording.outputs)
-        known = Counter(id(p) for use in recording.uses for p in use.parameters())
-        without = {id(parameter) for parameter in recording.without_samples()}
+        known = Counter(id(p) for use in recording.uses for p in use.parameters().values())
+        without = {id(parameter) for parameter in recording.without_samples}
         return {
             name: p
             for name, p in self.parameters.items()

@@ -56,14 +56,19 @@ def has_outer_products(module: nn.Module, given: Tensor) -> bool:
     return isinstance(module, nn.Linear) and given.dim() == 2
 
 
-def sums_of_outer_squares(module: nn.Module, given: Tensor, squares: Tensor) -> Gradients:
+def sums_of_outer_squares(
+    module: nn.Module, given: Tensor, squares: Tensor, before: Tensor | None
+) -> Gradients:
     """As `sums_of_squares`, for a layer that has outer products.
 
     Args:
         squares: those of the gradient on the layer's output. Squares of several passes with the
             same input may be added up before.
+        before: the weight's sum so far, to which its own is added in place.
     """
-    sums = {"weight": squares.T @ given.square(), "bias": squares.sum(0)}
+    factors = squares.T, given.square()
+    weight = torch.mm(*factors) if before is None else before.addmm_(*factors)
+    sums = {"weight": weight, "bias": squares.sum(0)}
     return {leaf: value for leaf, value in sums.items() if _has(module, leaf)}
 
 

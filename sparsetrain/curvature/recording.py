@@ -6,7 +6,7 @@ Each layer's own gradient is then made of its input and the gradient on its outp
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -34,13 +34,6 @@ class Use:
     back: Tensor | None = None  # gradient of a pass, waiting for other uses of the parameters
     squares: Tensor | None = None  # of the gradients of all passes, where those are enough
 
-    def squares_of_parameters(self) -> layers.Gradients:
-        """Those of all passes, in one matrix product: the input was the same."""
-        assert self.squares is not None
-        found = layers.sums_of_outer_squares(self.module, self.given, self.squares)
-        self.squares = None
-        return found
-
     def release(self) -> None:
         """Let go of what went in, which no later pass needs."""
         self.given = self.given.new_empty(0)
@@ -49,10 +42,10 @@ class Use:
         """Whether samples are along dimension 0 of what went in and out."""
         return len(self.given) == self.size == size
 
-    def parameters(self) -> list[Parameter]:
-        """Those of the layer that its rule knows."""
-        leaves = (self.module._parameters.get(leaf) for leaf in ("weight", "bias"))
-        return [leaf for leaf in leaves if leaf is not None]
+    def parameters(self) -> dict[str, Parameter]:
+        """Those of the layer that its rule knows, without tensors made by a parametrization."""
+        leaves = {leaf: self.module._parameters.get(leaf) for leaf in ("weight", "bias")}
+        return {leaf: parameter for leaf, parameter in leaves.items() if parameter is not None}
 
 
 class Recording:
@@ -62,17 +55,29 @@ class Recording:
         model: in evaluation mode, its parameters frozen.
         modules: name -> layer to record.
         budget: numbers that per-sample gradients may take at a time.
+        sums: squares of earlier batches, to which those of this one are added.
+        left_out: parameters to add nothing for.
+
+    Attributes:
+        without_samples: parameters of layers whose input or output has no dimension 0 of samples;
+            they are left out, too.
     """
 
     def __init__(
-        self, model: nn.Module, modules: Mapping[str, nn.Module], batch: Batch, budget: int
+        self,
+        model: nn.Module,
+        modules: Mapping[str, nn.Module],
+        batch: Batch,
+        budget: int,
+        sums: Sums,
+        left_out: Iterable[Parameter] = (),
     ) -> None:
         self.size = batch.size
         self.budget = budget
         self.uses: list[Use] = []
         self._is_last = False  # of the passes
         self._start = torch.zeros((), requires_grad=True)
-        self._sums: Sums = {}
+        self._sums = sums
         names = {id(module): name for name, module in modules.items()}
         handles = [
             module.register_forward_hook(partial(self._called, names[id(module)]))
@@ -84,6 +89,13 @@ class Recording:
             for handle in handles:
                 handle.remove()
         self._alone = self._uses_alone()
+        self.without_samples = [
+            parameter
+            for use in self.uses
+            if not use.has_samples(self.size)
+            for parameter in use.parameters().values()
+        ]
+        self._left_out = {id(parameter) for parameter in (*left_out, *self.without_samples)}
 
     def _called(self, name: str, module: nn.Module, args: Any, output: Any) -> Tensor | None:
         given: Tensor = args[0]
@@ -99,18 +111,16 @@ class Recording:
         """Uses of parameters that no other use has."""
         users: dict[int, list[Use]] = {}
         for use in self.uses:
-            for parameter in use.parameters():
+            for parameter in use.parameters().values():
                 users.setdefault(id(parameter), []).append(use)
         shared = {id(use) for found in users.values() if len(found) > 1 for use in found}
         return {id(use) for use in self.uses} - shared
 
-    def without_samples(self) -> list[Parameter]:
-        """Parameters of layers whose input or output has no dimension 0 of samples."""
-        uses = [use for use in self.uses if not use.has_samples(self.size)]
-        return [parameter for use in uses for parameter in use.parameters()]
-
     def go_back(self, total: Tensor, *, again: bool = False) -> None:
-        """A backward pass, whose squares are added to those of earlier ones.
+        """A backward pass. Squares of per-sample gradients are added to the sums over samples.
+
+        A parameter that several layers or calls share is there once, with the square of the sum.
+        Layers that were not called are missing.
 
         Args:
             total: a sum over samples of a function of each one's outputs.
@@ -121,18 +131,9 @@ class Recording:
             use.back = None
         torch.autograd.grad(total, self._start, retain_graph=again, allow_unused=True)
         self._add_shared()
-
-    def sums_of_squares(self) -> Sums:
-        """Squares of per-sample gradients, summed over the samples and over all passes.
-
-        Returns:
-            Parameter -> tensor of its shape. A parameter that several layers or calls share is
-            there once, with the square of the sum. Layers that were not called are missing.
-        """
-        for use in self.uses:
-            if use.squares is not None:  # the last pass has not come to it
-                self._add(use.module, use.squares_of_parameters())
-        return self._sums
+        for use in () if again else self.uses:
+            if use.squares is not None:  # this pass has not come to it
+                self._add_outer(use)
 
     def _came_back(self, use: Use, back: Tensor) -> None:
         if use.given._version != use.version:
@@ -147,18 +148,30 @@ class Recording:
             square = use.back.square()
             use.squares = square if use.squares is None else use.squares.add_(square)
             if self._is_last:
-                self._add(use.module, use.squares_of_parameters())
+                self._add_outer(use)
         else:
             found = layers.sums_of_squares(use.module, use.given, use.back, self.budget)
-            self._add(use.module, found)
+            self._add(use, found)
         use.back = None
         if self._is_last:
             use.release()
 
-    def _add(self, module: nn.Module, found: layers.Gradients) -> None:
-        for leaf, square in found.items():
-            parameter = getattr(module, leaf)
-            known = self._sums.get(parameter)
+    def _add_outer(self, use: Use) -> None:
+        """The squares of all passes, in one matrix product: the input was the same."""
+        assert use.squares is not None
+        weight = use.parameters().get("weight")
+        before = None if weight is None else self._sums.get(weight)
+        found = layers.sums_of_outer_squares(use.module, use.given, use.squares, before)
+        self._add(use, found)
+        use.squares = None
+
+    def _add(self, use: Use, found: layers.Gradients) -> None:
+        for leaf, parameter in use.parameters().items():
+            self._add_to(parameter, found[leaf])
+
+    def _add_to(self, parameter: Parameter, square: Tensor) -> None:
+        known = self._sums.get(parameter)
+        if id(parameter) not in self._left_out and known is not square:
             self._sums[parameter] = square if known is None else known.add_(square)
 
     def _add_shared(self) -> None:
@@ -175,13 +188,12 @@ class Recording:
             for use in waiting:
                 assert use.back is not None
                 found = layers.per_sample(use.module, use.given[part], use.back[part])
-                for leaf, gradient in found.items():
-                    parameter = getattr(use.module, leaf)
+                for leaf, parameter in use.parameters().items():
                     known = totals.get(parameter)
+                    gradient = found[leaf]
                     totals[parameter] = gradient if known is None else known.add_(gradient)
             for parameter, total in totals.items():
-                square, known = total.square_().sum(0), self._sums.get(parameter)
-                self._sums[parameter] = square if known is None else known.add_(square)
+                self._add_to(parameter, total.square_().sum(0))
 
 
 class _Begin(torch.autograd.Function):

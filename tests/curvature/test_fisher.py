@@ -67,6 +67,29 @@ def test_a_dimension_as_long_as_the_batch_does_not_pass_for_it(samples: int, ste
     assert largest_error(found, slow_fisher(made, F.cross_entropy)) < 1e-12
 
 
+class Changeable(nn.Module):
+    """Puts the samples along another dimension for one size of a batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.head = nn.Linear(6, 7), nn.Linear(7, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if len(x) == 4:
+            return self.head(torch.relu(self.inner(x.transpose(0, 1))).mean(0))
+        return self.head(torch.relu(self.inner(x)).mean(1))
+
+
+@pytest.mark.parametrize("sizes", [(3, 4, 3), (4, 3, 3), (3, 3, 4)])
+def test_a_short_way_may_end_with_a_later_batch(sizes: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    model, x = Changeable().double(), torch.randn(10, 5, 6, dtype=torch.float64)
+    made = case("time_first")._replace(model=model, x=x, y=torch.randint(3, (10,)))
+    batches = list(zip(x.split(sizes), made.y.split(sizes), strict=True))
+    found = fisher_diagonal(model, batches, F.cross_entropy)
+    assert largest_error(found, slow_fisher(made, F.cross_entropy)) < 1e-12
+
+
 @each_case
 @pytest.mark.parametrize("method", ["vmap", "loop"])
 def test_per_sample_gradients_are_those_of_each_sample(name: str, method: Any) -> None:

@@ -26,11 +26,11 @@ def test_layers_that_the_last_pass_does_not_come_to(shape: tuple[int, ...], firs
     torch.manual_seed(0)
     model, x = TwoHeads().double(), torch.randn(shape, dtype=torch.float64)
     modules = {"left": model.left, "right": model.right}
+    sums: dict[nn.Parameter, Tensor] = {}
     with wanting(model, ()):
-        recording = Recording(model, modules, Batch((x,), {}, None, 9), budget=100)
+        recording = Recording(model, modules, Batch((x,), {}, None, 9), 100, sums)
         recording.go_back(recording.outputs[first].sum(), again=True)
         recording.go_back(recording.outputs[1 - first].sum())
     expected = x.reshape(9, -1, 5).sum(1).square().sum(0).expand(2, 5)
-    sums = recording.sums_of_squares()
     for layer in (model.left, model.right):
         torch.testing.assert_close(sums[layer.weight], expected)
