@@ -100,10 +100,11 @@ def made(network: Network) -> tuple[nn.Module, Tensor, Tensor]:
 # Passes, and diagonals of the peers, each on a model of its own.
 
 
-def forward_and_backward(model: nn.Module, x: Tensor, y: Tensor) -> Job:
+def forward_and_backward(model: nn.Module, x: Tensor, y: Tensor, batches: int = 1) -> Job:
     def job() -> None:
         model.zero_grad()
-        LOSS(model(x), y).backward()
+        for _ in range(batches):
+            LOSS(model(x), y).backward()
 
     return job
 
@@ -113,8 +114,8 @@ def backward(model: nn.Module, x: Tensor, y: Tensor) -> Job:
     return lambda: torch.autograd.grad(loss, parameters, retain_graph=True)
 
 
-def fisher(model: nn.Module, x: Tensor, y: Tensor, method: Any = "auto") -> Job:
-    return lambda: fisher_diagonal(model, [(x, y)], LOSS, method=method)
+def fisher(model: nn.Module, x: Tensor, y: Tensor, method: Any = "auto", batches: int = 1) -> Job:
+    return lambda: fisher_diagonal(model, [(x, y)] * batches, LOSS, method=method)
 
 
 def ggn(model: nn.Module, x: Tensor, y: Tensor, estimate: Any) -> Job:
