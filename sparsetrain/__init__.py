@@ -1,6 +1,6 @@
 """sparsetrain: declarative sparse training for PyTorch."""
 
-from sparsetrain import cost, curvature, storage
+from sparsetrain import channels, cost, curvature, storage
 from sparsetrain.allocation import (
     ErdosRenyi,
     ErdosRenyiKernel,
@@ -119,6 +119,7 @@ __all__ = [
     "UpdateSchedule",
     "VariationalDropout",
     "Wanda",
+    "channels",
     "compress",
     "cost",
     "curvature",

@@ -49,6 +49,17 @@ class Batch:
             yield self.part(start, start + size)
 
 
+def called(model: Callable[..., Any], inputs: Any) -> Any:
+    """The model's output.
+
+    Args:
+        inputs: a tensor, a tuple or list of positional or a mapping of keyword arguments.
+    """
+    if isinstance(inputs, Mapping):
+        return model(**inputs)
+    return model(*inputs) if isinstance(inputs, list | tuple) else model(inputs)
+
+
 def read(
     batches: Iterable[Any],
     model: nn.Module,

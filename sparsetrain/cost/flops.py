@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from torch.utils._pytree import tree_leaves
 
+from sparsetrain.batches import called
 from sparsetrain.candidates import find_candidates, plain_name
 from sparsetrain.storage.csr.layers import SparseLayer
 
@@ -58,7 +60,8 @@ def flops(model: nn.Module, example_inputs: Any) -> FlopsReport:
     """Count the dense forward FLOPs of each weight, per sample.
 
     Args:
-        example_inputs: a batch, [N, ...], or a tuple of positional arguments whose first one is.
+        example_inputs: a batch, [N, ...], or a tuple of positional or a mapping of keyword
+            arguments, the first tensor of which is one.
 
     Returns:
         FLOPs by parameter name; a weight used several times counts each use.
@@ -66,17 +69,17 @@ def flops(model: nn.Module, example_inputs: Any) -> FlopsReport:
     Raises:
         ValueError: the model uses no Linear, Conv or attention layer on these inputs.
     """
-    inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
+    samples = len(next(leaf for leaf in tree_leaves(example_inputs) if isinstance(leaf, Tensor)))
     names = {id(c.param): plain_name(c.name) for c in find_candidates(model)}
     counts: dict[str, float] = {}
 
     def add(weight: Tensor | None, amount: float) -> None:
         if weight is not None and id(weight) in names:
             name = names[id(weight)]
-            counts[name] = counts.get(name, 0.0) + amount / len(inputs[0])
+            counts[name] = counts.get(name, 0.0) + amount / samples
 
     with _hooked(model, add), _evaluation_mode(model):
-        model(*inputs)
+        called(model, example_inputs)
     if not counts:
         raise ValueError("no Linear, Conv or attention layer ran on the example inputs")
     return FlopsReport({name: counts[name] for name in names.values() if name in counts})

@@ -1,0 +1,29 @@
+"""Structured pruning: choose channels, and remove them for good."""
+
+from sparsetrain.channels.architecture import Architecture
+from sparsetrain.channels.coupling import Coupling, couplings
+from sparsetrain.channels.methods import (
+    ByScore,
+    ChannelMethod,
+    GeometricMedian,
+    Norm,
+    RandomChannels,
+)
+from sparsetrain.channels.prune import prune
+from sparsetrain.channels.removal import silence
+from sparsetrain.channels.result import ChannelResult, Sizes
+
+__all__ = [
+    "Architecture",
+    "ByScore",
+    "ChannelMethod",
+    "ChannelResult",
+    "Coupling",
+    "GeometricMedian",
+    "Norm",
+    "RandomChannels",
+    "Sizes",
+    "couplings",
+    "prune",
+    "silence",
+]

@@ -1,0 +1,158 @@
+"""Which channels matter: one number for each channel of a coupling, larger for those to keep."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Any, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from sparsetrain.calibration import Calibration
+from sparsetrain.candidates import find_candidates
+from sparsetrain.channels.coupling import Coupling
+from sparsetrain.channels.sides import Side
+from sparsetrain.config import Kinded
+from sparsetrain.scores import Score
+from sparsetrain.scores.base import Needs, ScoreField
+from sparsetrain.scoring import measured
+
+
+class ChannelMethod(Kinded):
+    """Base of all methods.
+
+    A coupling's channel may be several outputs of several layers; each method says what their
+    numbers add up to.
+    """
+
+    family: ClassVar[str] = "channel method"
+    #: What it has to be given.
+    data: ClassVar[Needs] = "none"
+
+    def scores(
+        self, model: nn.Module, couplings: Sequence[Coupling], calibration: Calibration
+    ) -> dict[str, Tensor]:
+        """Name of each coupling -> [channels].
+
+        The model is as it was afterwards.
+        """
+        return {c.name: _added(c.by_role("out"), self.of_filters(c)) for c in couplings}
+
+    def of_filters(self, coupling: Coupling) -> list[Tensor]:
+        """For each layer that channels come out of: [outputs]."""
+        raise NotImplementedError
+
+
+class Norm(ChannelMethod):
+    """Norm of the weights that make a channel.
+
+    Li et al. 2017, "Pruning filters for efficient convnets", section 3 (p = 1).
+    """
+
+    kind: Literal["norm"] = "norm"
+    p: Annotated[float, Field(gt=0)] = 1.0
+
+    def of_filters(self, coupling: Coupling) -> list[Tensor]:
+        """[outputs] of each layer."""
+        return [filters(side).norm(self.p, dim=1) for side in coupling.by_role("out")]
+
+
+class GeometricMedian(ChannelMethod):
+    """Sum of the distances to all other filters of the layer: those in the middle can be replaced.
+
+    He et al. 2019, "Filter pruning via geometric median", eq. 4.
+    """
+
+    kind: Literal["geometric_median"] = "geometric_median"
+
+    def of_filters(self, coupling: Coupling) -> list[Tensor]:
+        """[outputs] of each layer."""
+        found = [filters(side) for side in coupling.by_role("out")]
+        return [torch.cdist(rows, rows).sum(1) for rows in found]
+
+
+class RandomChannels(ChannelMethod):
+    """Uniform random numbers, the control."""
+
+    kind: Literal["random"] = "random"
+
+    def scores(
+        self, model: nn.Module, couplings: Sequence[Coupling], calibration: Calibration
+    ) -> dict[str, Tensor]:
+        """[channels] each."""
+        generator = torch.Generator().manual_seed(calibration.seed)
+        return {c.name: torch.rand(c.channels, generator=generator) for c in couplings}
+
+
+class ByScore(ChannelMethod):
+    """Any score: those of weights are added up over a channel, those of channels are taken."""
+
+    kind: Literal["score"] = "score"
+    score: ScoreField
+
+    def scores(
+        self, model: nn.Module, couplings: Sequence[Coupling], calibration: Calibration
+    ) -> dict[str, Tensor]:
+        """[channels] each.
+
+        Raises:
+            ValueError: data are missing, or a layer has no such score.
+        """
+        weights = [c for c in find_candidates(model) if c.is_product]
+        candidates = {id(owner): c for c in weights for owner in c.owners}
+        sides = {c.name: c.by_role("out") for c in couplings}
+        chosen = {id(s.module): candidates[id(s.module)] for found in sides.values() for s in found}
+        found = measured(model, self.score, list(chosen.values()), calibration)
+        scores = {}
+        for coupling in couplings:
+            known = [s for s in sides[coupling.name] if chosen[id(s.module)].name in found]
+            if not known:
+                raise ValueError(
+                    f"{self.score.title} says nothing of the channels of {coupling.name}"
+                )
+            numbers = [_of_outputs(side, found[chosen[id(side.module)].name]) for side in known]
+            scores[coupling.name] = _added(known, numbers)
+        return scores
+
+
+_SHORT = {"l1": Norm(p=1.0), "l2": Norm(p=2.0)}
+
+
+def method_of(value: Any) -> ChannelMethod:
+    """A method, its name or a dict; "l1", "l2"; or a score or its name.
+
+    Raises:
+        ValueError: there is none of that name.
+    """
+    if isinstance(value, str) and value in _SHORT:
+        return _SHORT[value]
+    if isinstance(value, Score):
+        return ByScore(score=value)
+    if isinstance(value, str) and value not in ChannelMethod.members and value in Score.members:
+        return ByScore(score=Score.build(value))
+    method: ChannelMethod = ChannelMethod.build(value)
+    return method
+
+
+def filters(side: Side) -> Tensor:
+    """The weights that make each output of a layer: [outputs, others]."""
+    return _rows(side, side.module.weight.detach())
+
+
+def _added(sides: Sequence[Side], numbers: Sequence[Tensor]) -> Tensor:
+    """[channels]: numbers of outputs, added up over the layers that channels come out of."""
+    each = [
+        torch.stack([values[list(places)].sum() for places in side.places])
+        for side, values in zip(sides, numbers, strict=True)
+    ]
+    return torch.stack(each).sum(0)
+
+
+def _of_outputs(side: Side, values: Tensor) -> Tensor:
+    return values if values.dim() == 1 else _rows(side, values).sum(1)
+
+
+def _rows(side: Side, weight: Tensor) -> Tensor:
+    dim = next(dim for leaf, dim in side.slices() if leaf == "weight")
+    return weight.movedim(dim, 0).flatten(1)

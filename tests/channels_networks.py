@@ -1,0 +1,121 @@
+"""Small networks whose channels go together in every way, and random ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from hypothesis import strategies as some
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class Residual(nn.Module):
+    """A shortcut around grouped, depthwise and plain convolutions, then a Linear layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(1, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.inner, self.inner_norm = nn.Conv2d(8, 12, 3, padding=1), nn.BatchNorm2d(12)
+        self.depthwise = nn.Conv2d(12, 12, 3, padding=1, groups=12, bias=False)
+        self.grouped = nn.Conv2d(12, 12, 3, padding=1, groups=3)
+        self.last = nn.Conv2d(12, 8, 1)
+        self.head = nn.Linear(8 * 4, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.norm(self.stem(x)))
+        y = torch.relu(self.inner_norm(self.inner(x)))
+        y = self.last(torch.relu(self.grouped(self.depthwise(y))))
+        return self.head(F.adaptive_max_pool2d(x + y, 2).flatten(1))
+
+
+class Concatenated(nn.Module):
+    """Two branches side by side, normalised in groups."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = nn.Conv2d(1, 4, 1), nn.Conv2d(1, 6, 3, padding=1)
+        self.after = nn.Conv2d(10, 8, 3)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(torch.cat([self.left(x), self.right(x)], 1))
+        return self.head(self.after(x).mean((2, 3)))
+
+
+class Tokens(nn.Module):
+    """A layer of torch's transformer between an embedding and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(11, 8)
+        self.block = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, dropout=0.0)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.head(self.block(self.embed(tokens)).mean(1))
+
+
+def images(samples: int = 3) -> Tensor:
+    return torch.randn(samples, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+
+
+NETWORKS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Any]]] = {
+    "residual": (Residual, images),
+    "concatenated": (Concatenated, images),
+    "tokens": (Tokens, lambda: torch.arange(15).view(3, 5) % 11),
+}
+
+
+class Stack(nn.Module):
+    """Blocks one after the other, drawn at random: what hypothesis shrinks."""
+
+    def __init__(self, blocks: Sequence[tuple[str, int]], flat: bool) -> None:
+        super().__init__()
+        self.kinds = [kind for kind, _ in blocks]
+        self.blocks, width = nn.ModuleList(), 1
+        for kind, wanted in blocks:
+            outputs = width if kind in ("depthwise", "shortcut") else wanted
+            self.blocks.append(_block(kind, width, outputs))
+            width = outputs * 2 if kind == "branches" else outputs
+        self.flat = flat
+        self.head = nn.Linear(width * (16 if flat else 1), 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for kind, block in zip(self.kinds, self.blocks, strict=True):
+            if kind == "shortcut":
+                x = x + block(x)
+            elif kind == "branches":
+                x = torch.cat([part(x) for part in block], 1)
+            else:
+                x = block(x)
+        return self.head(F.adaptive_max_pool2d(x, 4 if self.flat else 1).flatten(1))
+
+
+def _block(kind: str, inputs: int, outputs: int) -> nn.Module:
+    if kind == "branches":
+        return nn.ModuleList(
+            [
+                nn.Sequential(nn.Conv2d(inputs, outputs, k, padding=k // 2), nn.ReLU())
+                for k in (1, 3)
+            ]
+        )
+    if kind == "shortcut":
+        inner = nn.Conv2d(inputs, 6, 3, padding=1)
+        return nn.Sequential(inner, nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, inputs, 1))
+    groups = {"depthwise": inputs, "grouped": 2 if inputs % 2 == 0 else 1}.get(kind, 1)
+    layers: list[nn.Module] = [nn.Conv2d(inputs, outputs, 3, padding=1, groups=groups)]
+    if kind == "normalised":
+        layers.append(nn.BatchNorm2d(outputs))
+    return nn.Sequential(*layers, nn.ReLU())
+
+
+KINDS = ["plain", "normalised", "grouped", "depthwise", "shortcut", "branches"]
+stacks = some.builds(
+    Stack,
+    some.lists(
+        some.tuples(some.sampled_from(KINDS), some.sampled_from([2, 4, 6])), min_size=1, max_size=5
+    ),
+    some.booleans(),
+)
