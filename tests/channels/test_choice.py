@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from typing import Any
 
 import pytest
@@ -139,6 +140,12 @@ def test_a_live_sparse_optimizer_is_refused() -> None:
     )
     with pytest.raises(ValueError, match="behind a parametrization"):
         st.channels.prune(learned, images())
+
+
+def test_torch_pruning_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch_pruning", None)
+    with pytest.raises(ImportError, match=r"sparsetrain\[channels\]"):
+        st.channels.prune(Residual(), images())
 
 
 def test_the_report() -> None:
