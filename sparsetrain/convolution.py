@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -24,3 +25,25 @@ def padded_input(module: Any, given: Tensor) -> tuple[Tensor, tuple[int, ...]]:
     if isinstance(module.padding, str):  # "same" may be uneven
         return F.pad(given, both), none
     return given, tuple(module.padding)
+
+
+def patches(module: Any, given: Tensor, positions: Sequence[int]) -> Tensor:
+    """What a convolution multiplies its weight with, as a view of the padded input.
+
+    Args:
+        module: Conv1d, Conv2d or Conv3d.
+        given: its input, [samples, inputs, ...].
+        positions: lengths of the output's last dimensions.
+
+    Returns:
+        [samples, inputs, *kernel, *positions]
+    """
+    given, padding = padded_input(module, given)
+    given = F.pad(given, [side for both in reversed(padding) for side in (both, both)])
+    strides = given.stride()
+    kernel_steps = [s * d for s, d in zip(strides[2:], module.dilation, strict=True)]
+    position_steps = [s * d for s, d in zip(strides[2:], module.stride, strict=True)]
+    return given.as_strided(
+        (*given.shape[:2], *module.kernel_size, *positions),
+        (*strides[:2], *kernel_steps, *position_steps),
+    )

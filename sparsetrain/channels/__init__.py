@@ -10,6 +10,7 @@ from sparsetrain.channels.methods import (
     RandomChannels,
 )
 from sparsetrain.channels.prune import prune
+from sparsetrain.channels.rebuilding import LassoChannels, Rebuilding, ThiNet
 from sparsetrain.channels.removal import silence
 from sparsetrain.channels.result import ChannelResult, Sizes
 
@@ -20,9 +21,12 @@ __all__ = [
     "ChannelResult",
     "Coupling",
     "GeometricMedian",
+    "LassoChannels",
     "Norm",
     "RandomChannels",
+    "Rebuilding",
     "Sizes",
+    "ThiNet",
     "couplings",
     "prune",
     "silence",

@@ -19,6 +19,7 @@ from sparsetrain.calibration import Calibration
 from sparsetrain.candidates import unwrapped
 from sparsetrain.channels.coupling import Coupling, couplings
 from sparsetrain.channels.methods import ChannelMethod, method_of
+from sparsetrain.channels.rebuilding import Rebuilding, rebuilt
 from sparsetrain.channels.removal import remove
 from sparsetrain.channels.result import ChannelResult, Sizes
 from sparsetrain.config import did_you_mean
@@ -83,15 +84,27 @@ def prune(
     asked = _ratios(ratio, found)
     wanted = [coupling for coupling in found if coupling.name in asked]
     given = Calibration(calibration, loss_fn, adapter, seed, progress)
-    scores = method_of(method).scores(model, wanted, given)
-    counts = (_by_layer if scope == "layer" else _globally)(wanted, scores, asked)
-    least = {c.name: _least(c, scores[c.name], counts[c.name], round_to) for c in wanted}
-    removed = {name: channels for name, channels in least.items() if channels}
+    chosen = method_of(method)
     before = Sizes.of(model, example_inputs)
     smaller = copy.deepcopy(model)
-    remove(removed, couplings(smaller, example_inputs), None)
+    copied = {c.name: c for c in couplings(smaller, example_inputs)}
+    if isinstance(chosen, Rebuilding):
+        if scope == "global":
+            raise ValueError(f"channel method {chosen.kind!r} goes layer by layer: scope='layer'")
+        counts = _rounded(_by_layer(wanted, asked), wanted, round_to)
+        originals = {c.name: c for c in found}
+        removed = rebuilt(smaller, copied, model, originals, counts, chosen, given)
+    else:
+        scores = chosen.scores(model, wanted, given)
+        counts = _by_layer(wanted, asked) if scope == "layer" else _globally(wanted, scores, asked)
+        counts = _rounded(counts, wanted, round_to)
+        removed = {c.name: _least(c, scores[c.name], counts[c.name]) for c in wanted}
+    removed = {name: channels for name, channels in removed.items() if channels}
+    state = copy.deepcopy(smaller.state_dict()) if in_place else {}
+    remove(removed, copied.values(), None)
     _check_same_outputs(model, smaller, example_inputs)
     if in_place:
+        model.load_state_dict(state)
         remove(removed, found, optimizer)
         smaller = model
     layers = {c.name: _widths(c, removed.get(c.name, [])) for c in found}
@@ -135,9 +148,7 @@ def _ratios(ratio: Ratio, found: Sequence[Coupling]) -> dict[str, float]:
     return asked
 
 
-def _by_layer(
-    wanted: Sequence[Coupling], scores: Mapping[str, Tensor], asked: Mapping[str, float]
-) -> dict[str, int]:
+def _by_layer(wanted: Sequence[Coupling], asked: Mapping[str, float]) -> dict[str, int]:
     """How many channels each coupling keeps."""
     return {c.name: c.channels - math.floor(asked[c.name] * c.channels) for c in wanted}
 
@@ -161,9 +172,16 @@ def _globally(
     }
 
 
-def _least(coupling: Coupling, scores: Tensor, keep: int, round_to: int) -> list[int]:
+def _rounded(
+    counts: Mapping[str, int], wanted: Sequence[Coupling], round_to: int
+) -> dict[str, int]:
+    return {
+        c.name: min(math.ceil(counts[c.name] / round_to) * round_to, c.channels) for c in wanted
+    }
+
+
+def _least(coupling: Coupling, scores: Tensor, keep: int) -> list[int]:
     """The channels to remove, ascending."""
-    keep = min(math.ceil(keep / round_to) * round_to, coupling.channels)
     return coupling.removable(scores.argsort(stable=True).tolist(), coupling.channels - keep)
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sparsetrain.convolution import padded_input
+from sparsetrain.convolution import padded_input, patches
 
 #: Leaf name, "weight" or "bias" -> tensor.
 Gradients = dict[str, Tensor]
@@ -124,7 +124,10 @@ def _factors(module: Any, given: Tensor, back: Tensor) -> tuple[Tensor, Tensor]:
     """[samples, outputs, places] and [samples, places, inputs]."""
     if isinstance(module, nn.Linear):
         return back.flatten(1, -2).transpose(1, 2), given.flatten(1, -2)
-    return back.flatten(2), _patches(module, given, back.shape[2:]).transpose(1, 2)
+    columns = patches(module, given, back.shape[2:]).reshape(
+        len(given), module.weight[0].numel(), -1
+    )
+    return back.flatten(2), columns.transpose(1, 2)
 
 
 def _of_products(module: Any, given: Tensor, back: Tensor) -> Gradients:
@@ -180,20 +183,6 @@ def _convolution(module: Any, given: Tensor, back: Tensor) -> Gradients:
         "weight": of_weight.reshape(samples, *module.weight.shape),
         "bias": of_bias.reshape(samples, outputs),
     }
-
-
-def _patches(module: Any, given: Tensor, positions: torch.Size) -> Tensor:
-    """What a convolution multiplies its weight with: [samples, inputs, positions]."""
-    given, padding = padded_input(module, given)
-    given = F.pad(given, [side for both in reversed(padding) for side in (both, both)])
-    strides = given.stride()
-    kernel_steps = [s * d for s, d in zip(strides[2:], module.dilation, strict=True)]
-    position_steps = [s * d for s, d in zip(strides[2:], module.stride, strict=True)]
-    patches = given.as_strided(
-        (*given.shape[:2], *module.kernel_size, *positions),
-        (*strides[:2], *kernel_steps, *position_steps),
-    )
-    return patches.reshape(len(given), module.weight[0].numel(), -1)
 
 
 def _normalised(module: Any, given: Tensor, back: Tensor, unit: Tensor, dims: int) -> Gradients:
