@@ -39,6 +39,7 @@ STYLES = {
     "wanda": ("#CC79A7", "D"),
     "sparsegpt": ("#D55E00", "*"),
     "obs": ("#7B4FA3", "*"),
+    "obs_rounds": ("#7B4FA3", "P"),
     "obs_masks": ("#7B4FA3", "o"),
 }
 #: Ticks of the logarithmic axis of test errors [%].
