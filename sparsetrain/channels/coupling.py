@@ -148,13 +148,28 @@ def _sides(graph: Any, group: Any, names: dict[nn.Module, str]) -> tuple[Side, .
             continue
         if isinstance(module, nn.Parameter) or not is_known(module) or None in item.root_idxs:
             return None
+        if is_grouped(module) and module.groups == module.out_channels:
+            return None  # the graph takes it for a depthwise one, whose inputs are its outputs
         role = role_of(module, graph.is_out_channel_pruning_fn(item.dep.handler))
+        if _has_groups(module) and len(set(item.idxs)) < _width(module, role):
+            return None  # after a concatenation: its groups have channels of other couplings, too
         found.append(_Found(module, role, item.idxs, item.root_idxs))
     members = _together(found)
     return tuple(
         Side(names[module], module, role, _places(members, idxs, roots))
         for module, role, idxs, roots in found
     )
+
+
+def _has_groups(module: Any) -> bool:
+    return is_grouped(module) or isinstance(module, nn.GroupNorm)
+
+
+def _width(module: Any, role: Role) -> int:
+    if isinstance(module, nn.GroupNorm):
+        return module.num_channels
+    width: int = module.in_channels if role == "in" else module.out_channels
+    return width
 
 
 def _places(
@@ -181,7 +196,7 @@ def _together(found: Sequence[_Found]) -> list[list[int]]:
         return root
 
     for module, _, idxs, roots in found:
-        if not (is_grouped(module) or isinstance(module, nn.GroupNorm)):
+        if not _has_groups(module):
             continue
         groups = module.groups if is_grouped(module) else module.num_groups
         size = len(set(idxs)) // groups
