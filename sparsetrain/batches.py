@@ -55,9 +55,14 @@ def called(model: Callable[..., Any], inputs: Any) -> Any:
     Args:
         inputs: a tensor, a tuple or list of positional or a mapping of keyword arguments.
     """
+    args, kwargs = _arguments(inputs)
+    return model(*args, **kwargs)
+
+
+def _arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if isinstance(inputs, Mapping):
-        return model(**inputs)
-    return model(*inputs) if isinstance(inputs, list | tuple) else model(inputs)
+        return (), dict(inputs)
+    return tuple(inputs) if isinstance(inputs, list | tuple) else (inputs,), {}
 
 
 def read(
@@ -123,12 +128,7 @@ def _batch(inputs: Any, targets: Any, device: torch.device, who: str) -> Batch:
     if isinstance(inputs, Mapping):
         inputs = dict(inputs)  # a tokeniser's own kind of mapping, too
     inputs, targets = pytree.tree_map(moved, (inputs, targets))
-    args: tuple[Any, ...] = ()
-    kwargs: dict[str, Any] = {}
-    if isinstance(inputs, Mapping):
-        kwargs = dict(inputs)
-    else:
-        args = tuple(inputs) if isinstance(inputs, list | tuple) else (inputs,)
+    args, kwargs = _arguments(inputs)
     tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
     sizes = {len(tensor) if tensor.dim() else 0 for tensor in tensors}
     if len(sizes) != 1 or 0 in sizes:

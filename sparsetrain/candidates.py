@@ -15,18 +15,10 @@ from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import parametrize
 
 from sparsetrain.config import did_you_mean
+from sparsetrain.convolution import CONVOLUTIONS, TRANSPOSED
 from sparsetrain.storage.csr.layers import SparseLayer
 
-_DENSE_PRODUCTS = (
-    nn.Linear,
-    nn.Conv1d,
-    nn.Conv2d,
-    nn.Conv3d,
-    nn.ConvTranspose1d,
-    nn.ConvTranspose2d,
-    nn.ConvTranspose3d,
-)
-_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_DENSE_PRODUCTS = (nn.Linear, *CONVOLUTIONS, *TRANSPOSED)
 _ATTENTION_WEIGHTS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 
 
@@ -80,7 +72,7 @@ class Candidate:
     @property
     def is_transposed(self) -> bool:
         """Whether dimension 0 counts inputs."""
-        return any(isinstance(module, _TRANSPOSED) for module in self.owners)
+        return any(isinstance(module, TRANSPOSED) for module in self.owners)
 
     @property
     def runs_forward(self) -> bool:

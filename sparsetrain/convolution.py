@@ -1,12 +1,15 @@
-"""What a convolution does to its input before it multiplies."""
+"""Kinds of convolutions, and what one does to its input before it multiplies."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
+
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
 def padded_input(module: Any, given: Tensor) -> tuple[Tensor, tuple[int, ...]]:

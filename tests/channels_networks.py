@@ -31,7 +31,7 @@ class Residual(nn.Module):
 
 
 class Concatenated(nn.Module):
-    """Two branches side by side, normalised in groups."""
+    """Two branches side by side."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -42,6 +42,32 @@ class Concatenated(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = torch.relu(torch.cat([self.left(x), self.right(x)], 1))
         return self.head(self.after(x).mean((2, 3)))
+
+
+class Upwards(nn.Module):
+    """Transposed convolutions with PReLU, one slope for all channels and one for each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.one = nn.ConvTranspose2d(1, 6, 2, stride=2), nn.PReLU()
+        self.second, self.each = nn.ConvTranspose2d(6, 4, 3, bias=False), nn.PReLU(4)
+        self.last = nn.Conv2d(4, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.each(self.second(self.one(self.first(x)))))
+
+
+class Stream(nn.Module):
+    """A width that an embedding, a Linear layer, a shortcut and a LayerNorm have in common."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.inner = nn.Embedding(11, 8), nn.Linear(8, 8)
+        self.norm, self.head = nn.LayerNorm(8), nn.Linear(8, 3)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embed(tokens)
+        return self.head(self.norm(x + torch.relu(self.inner(x))).mean(1))
 
 
 class Tokens(nn.Module):
@@ -64,6 +90,7 @@ def images(samples: int = 3) -> Tensor:
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Any]]] = {
     "residual": (Residual, images),
     "concatenated": (Concatenated, images),
+    "upwards": (Upwards, images),
     "tokens": (Tokens, lambda: torch.arange(15).view(3, 5) % 11),
 }
 

@@ -8,6 +8,7 @@ from sparsetrain.channels.methods import (
     GeometricMedian,
     Norm,
     RandomChannels,
+    Scoring,
 )
 from sparsetrain.channels.prune import prune
 from sparsetrain.channels.rebuilding import LassoChannels, Rebuilding, ThiNet
@@ -25,6 +26,7 @@ __all__ = [
     "Norm",
     "RandomChannels",
     "Rebuilding",
+    "Scoring",
     "Sizes",
     "ThiNet",
     "couplings",

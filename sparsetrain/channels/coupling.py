@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from sparsetrain.batches import called
-from sparsetrain.channels.sides import Role, Side, is_grouped, is_known, role_of
+from sparsetrain.channels.sides import Role, Side, can_lose_channels, is_grouped, is_known, role_of
 from sparsetrain.curvature.evaluating import evaluating, wanting
 
 
@@ -146,8 +146,10 @@ def _sides(graph: Any, group: Any, names: dict[nn.Module, str]) -> tuple[Side, .
             if type(module).__name__ == "_OutputOp":
                 return None
             continue
-        if isinstance(module, nn.Parameter) or not is_known(module) or None in item.root_idxs:
+        if isinstance(module, nn.Parameter) or not can_lose_channels(module):
             return None
+        if None in item.root_idxs:
+            return None  # the graph has lost which channels of the first layer these are
         if is_grouped(module) and module.groups == module.out_channels:
             return None  # the graph takes it for a depthwise one, whose inputs are its outputs
         role = role_of(module, graph.is_out_channel_pruning_fn(item.dep.handler))
@@ -188,7 +190,7 @@ def _together(found: Sequence[_Found]) -> list[list[int]]:
     Groups of a convolution or of GroupNorm all lose the same number: their first channels go
     together, and so on.
     """
-    leader = {root: root for root in found[0][3]}
+    leader = {root: root for root in found[0].roots}
 
     def lead(root: int) -> int:
         while leader[root] != root:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
@@ -15,21 +16,23 @@ from sparsetrain.channels.coupling import Coupling
 from sparsetrain.channels.sides import Side
 from sparsetrain.config import Kinded
 from sparsetrain.scores import Score
-from sparsetrain.scores.base import Needs, ScoreField
+from sparsetrain.scores.base import ScoreField
 from sparsetrain.scoring import measured
 
 
 class ChannelMethod(Kinded):
-    """Base of all methods.
-
-    A coupling's channel may be several outputs of several layers; each method says what their
-    numbers add up to.
-    """
+    """Base of all methods: those that score channels, here, and those in `rebuilding.py`."""
 
     family: ClassVar[str] = "channel method"
-    #: What it has to be given.
-    data: ClassVar[Needs] = "none"
 
+
+class Scoring(ChannelMethod):
+    """Base of methods that remove the channels with the lowest numbers.
+
+    A coupling's channel may be several outputs of several layers; their numbers are added up.
+    """
+
+    @abstractmethod
     def scores(
         self, model: nn.Module, couplings: Sequence[Coupling], calibration: Calibration
     ) -> dict[str, Tensor]:
@@ -37,14 +40,9 @@ class ChannelMethod(Kinded):
 
         The model is as it was afterwards.
         """
-        return {c.name: _added(c.by_role("out"), self.of_filters(c)) for c in couplings}
-
-    def of_filters(self, coupling: Coupling) -> list[Tensor]:
-        """For each layer that channels come out of: [outputs]."""
-        raise NotImplementedError
 
 
-class Norm(ChannelMethod):
+class Norm(Scoring):
     """Norm of the weights that make a channel.
 
     Li et al. 2017, "Pruning filters for efficient convnets", section 3 (p = 1).
@@ -53,12 +51,14 @@ class Norm(ChannelMethod):
     kind: Literal["norm"] = "norm"
     p: Annotated[float, Field(gt=0)] = 1.0
 
-    def of_filters(self, coupling: Coupling) -> list[Tensor]:
-        """[outputs] of each layer."""
-        return [filters(side).norm(self.p, dim=1) for side in coupling.by_role("out")]
+    def scores(
+        self, model: nn.Module, couplings: Sequence[Coupling], calibration: Calibration
+    ) -> dict[str, Tensor]:
+        """[channels] each."""
+        return _of_filters(couplings, lambda rows: rows.norm(self.p, dim=1))
 
 
-class GeometricMedian(ChannelMethod):
+class GeometricMedian(Scoring):
     """Sum of the distances to all other filters of the layer: those in the middle can be replaced.
 
     He et al. 2019, "Filter pruning via geometric median", eq. 4.
@@ -66,13 +66,14 @@ class GeometricMedian(ChannelMethod):
 
     kind: Literal["geometric_median"] = "geometric_median"
 
-    def of_filters(self, coupling: Coupling) -> list[Tensor]:
-        """[outputs] of each layer."""
-        found = [filters(side) for side in coupling.by_role("out")]
-        return [torch.cdist(rows, rows).sum(1) for rows in found]
+    def scores(
+        self, model: nn.Module, couplings: Sequence[Coupling], calibration: Calibration
+    ) -> dict[str, Tensor]:
+        """[channels] each."""
+        return _of_filters(couplings, lambda rows: torch.cdist(rows, rows).sum(1))
 
 
-class RandomChannels(ChannelMethod):
+class RandomChannels(Scoring):
     """Uniform random numbers, the control."""
 
     kind: Literal["random"] = "random"
@@ -85,7 +86,7 @@ class RandomChannels(ChannelMethod):
         return {c.name: torch.rand(c.channels, generator=generator) for c in couplings}
 
 
-class ByScore(ChannelMethod):
+class ByScore(Scoring):
     """Any score: those of weights are added up over a channel, those of channels are taken."""
 
     kind: Literal["score"] = "score"
@@ -119,7 +120,7 @@ class ByScore(ChannelMethod):
 _SHORT = {"l1": Norm(p=1.0), "l2": Norm(p=2.0)}
 
 
-def method_of(value: Any) -> ChannelMethod:
+def method_of(value: Any) -> Any:
     """A method, its name or a dict; "l1", "l2"; or a score or its name.
 
     Raises:
@@ -131,13 +132,18 @@ def method_of(value: Any) -> ChannelMethod:
         return ByScore(score=value)
     if isinstance(value, str) and value not in ChannelMethod.members and value in Score.members:
         return ByScore(score=Score.build(value))
-    method: ChannelMethod = ChannelMethod.build(value)
-    return method
+    return ChannelMethod.build(value)
 
 
-def filters(side: Side) -> Tensor:
-    """The weights that make each output of a layer: [outputs, others]."""
-    return _rows(side, side.module.weight.detach())
+def _of_filters(
+    couplings: Sequence[Coupling], number: Callable[[Tensor], Tensor]
+) -> dict[str, Tensor]:
+    """Numbers of the weights that make each output, [outputs, others] -> [outputs]."""
+    sides = {c.name: c.by_role("out") for c in couplings}
+    return {
+        name: _added(found, [number(_rows(s, s.module.weight.detach())) for s in found])
+        for name, found in sides.items()
+    }
 
 
 def _added(sides: Sequence[Side], numbers: Sequence[Tensor]) -> Tensor:

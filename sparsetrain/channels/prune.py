@@ -18,7 +18,7 @@ from sparsetrain.batches import Adapter, called
 from sparsetrain.calibration import Calibration
 from sparsetrain.candidates import unwrapped
 from sparsetrain.channels.coupling import Coupling, couplings
-from sparsetrain.channels.methods import ChannelMethod, method_of
+from sparsetrain.channels.methods import ChannelMethod, Scoring, method_of
 from sparsetrain.channels.rebuilding import Rebuilding, rebuilt
 from sparsetrain.channels.removal import remove
 from sparsetrain.channels.result import ChannelResult, Sizes
@@ -59,7 +59,7 @@ def prune(
         ratio: share of channels to remove, in [0, 1): of every layer, or a mapping from globs on
             names of layers; the first that fits counts, and layers that none fits stay as they are.
         scope: whether a layer's channels compete with each other or with those of all layers, after
-            division by the mean of their layer.
+            division by the mean size in their layer.
         round_to: kept channels are rounded up to a multiple of this.
         calibration: batches for methods that need data, as for `st.prune`.
         loss_fn: (outputs, targets) -> scalar, for methods that need a loss.
@@ -72,7 +72,8 @@ def prune(
         The smaller model with a report.
 
     Raises:
-        ImportError: torch-pruning is not installed.
+        ImportError: torch-pruning (or scikit-learn, for LASSO) is not installed.
+        TypeError: the method is none.
         ValueError: arguments that do not fit each other or the model, or a model whose layers
             cannot be followed; it stays as it was.
     """
@@ -84,27 +85,29 @@ def prune(
     asked = _ratios(ratio, found)
     wanted = [coupling for coupling in found if coupling.name in asked]
     given = Calibration(calibration, loss_fn, adapter, seed, progress)
-    chosen = method_of(method)
     before = Sizes.of(model, example_inputs)
     smaller = copy.deepcopy(model)
     copied = {c.name: c for c in couplings(smaller, example_inputs)}
-    if isinstance(chosen, Rebuilding):
-        if scope == "global":
-            raise ValueError(f"channel method {chosen.kind!r} goes layer by layer: scope='layer'")
-        counts = _rounded(_by_layer(wanted, asked), wanted, round_to)
-        originals = {c.name: c for c in found}
-        removed = rebuilt(smaller, copied, model, originals, counts, chosen, given)
-    else:
-        scores = chosen.scores(model, wanted, given)
-        counts = _by_layer(wanted, asked) if scope == "layer" else _globally(wanted, scores, asked)
-        counts = _rounded(counts, wanted, round_to)
-        removed = {c.name: _least(c, scores[c.name], counts[c.name]) for c in wanted}
+    match method_of(method):
+        case Rebuilding() as rebuilding:
+            if scope == "global":
+                raise ValueError(f"channel method {rebuilding.kind!r} goes layer by layer")
+            keep = _rounded(_by_layer(wanted, asked), wanted, round_to)
+            originals = {c.name: c for c in found}
+            removed = rebuilt(smaller, copied, model, originals, keep, rebuilding, given)
+        case Scoring() as scoring:
+            scores = scoring.scores(model, wanted, given)
+            keep = _by_layer(wanted, asked) if scope == "layer" else _globally(scores, asked)
+            keep = _rounded(keep, wanted, round_to)
+            removed = {c.name: _least(c, scores[c.name], keep[c.name]) for c in wanted}
+        case other:
+            raise TypeError(f"method must be a channel method or a score, not {other!r}")
     removed = {name: channels for name, channels in removed.items() if channels}
-    state = copy.deepcopy(smaller.state_dict()) if in_place else {}
+    rebuilt_state = copy.deepcopy(smaller.state_dict()) if in_place else {}
     remove(removed, copied.values(), None)
     _check_same_outputs(model, smaller, example_inputs)
     if in_place:
-        model.load_state_dict(state)
+        model.load_state_dict(rebuilt_state)
         remove(removed, found, optimizer)
         smaller = model
     layers = {c.name: _widths(c, removed.get(c.name, [])) for c in found}
@@ -153,23 +156,16 @@ def _by_layer(wanted: Sequence[Coupling], asked: Mapping[str, float]) -> dict[st
     return {c.name: c.channels - math.floor(asked[c.name] * c.channels) for c in wanted}
 
 
-def _globally(
-    wanted: Sequence[Coupling], scores: Mapping[str, Tensor], asked: Mapping[str, float]
-) -> dict[str, int]:
+def _globally(scores: Mapping[str, Tensor], asked: Mapping[str, float]) -> dict[str, int]:
     """How many channels each coupling keeps where all compete."""
     if len(set(asked.values())) > 1:
         raise ValueError("scope='global' has one ratio: give a number")
-    relative = [scores[c.name] / scores[c.name].mean().clamp_min(1e-30) for c in wanted]
+    relative = [values / values.abs().mean().clamp_min(1e-30) for values in scores.values()]
     every = torch.cat(relative)
-    count = math.floor(next(iter(asked.values())) * len(every))
-    order = every.argsort(stable=True)
     kept = torch.ones(len(every), dtype=torch.bool)
-    kept[order[:count]] = False
-    sizes = [len(values) for values in relative]
-    return {
-        c.name: max(int(part.sum()), 1)
-        for c, part in zip(wanted, torch.split(kept, sizes), strict=True)
-    }
+    kept[every.argsort(stable=True)[: math.floor(next(iter(asked.values())) * len(every))]] = False
+    parts = torch.split(kept, [len(values) for values in relative])
+    return {name: max(int(part.sum()), 1) for name, part in zip(scores, parts, strict=True)}
 
 
 def _rounded(

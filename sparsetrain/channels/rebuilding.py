@@ -26,7 +26,6 @@ from sparsetrain.channels.reconstruction import (
 from sparsetrain.channels.removal import silence
 from sparsetrain.channels.rows import Rows, sampled_rows
 from sparsetrain.channels.sides import Side
-from sparsetrain.scores.base import Needs
 
 
 class Next(NamedTuple):
@@ -42,9 +41,8 @@ class Next(NamedTuple):
 
 
 class Rebuilding(ChannelMethod):
-    """Base of these methods."""
+    """Base of methods that look at the next layer. They need inputs."""
 
-    data: ClassVar[Needs] = "inputs"
     #: Whether the layer should give what it gave in the network as it was.
     asymmetric: ClassVar[bool] = False
 

@@ -1,6 +1,6 @@
 """Choosing inputs of a layer so that its outputs change least, and fitting what is left.
 
-Plain functions on matrices; `thinet.py` and `lasso.py` say where they come from.
+Plain functions on matrices; the methods in `rebuilding.py` are made of them.
 """
 
 from __future__ import annotations
@@ -87,12 +87,10 @@ def least_squares(inputs: Tensor, outputs: Tensor, *, intercept: bool) -> tuple[
         [outputs, numbers] and [outputs].
     """
     x, y = inputs.double(), outputs.double()
-    means = (
-        (x.mean(0), y.mean(0)) if intercept else (x.new_zeros(x.shape[1]), y.new_zeros(y.shape[1]))
-    )
-    x, y = x - means[0], y - means[1]
+    x_mean, y_mean = intercept * x.mean(0), intercept * y.mean(0)
+    x, y = x - x_mean, y - y_mean
     weight = solved(x.T @ x, x.T @ y).T
-    return weight.to(inputs.dtype), (means[1] - weight @ means[0]).to(inputs.dtype)
+    return weight.to(inputs.dtype), (y_mean - weight @ x_mean).to(inputs.dtype)
 
 
 def lasso_path(

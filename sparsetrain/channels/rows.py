@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from sparsetrain.calibration import Calibration
 from sparsetrain.candidates import Candidate, find_candidates
 from sparsetrain.channels.sides import Side
-from sparsetrain.convolution import patches
+from sparsetrain.convolution import TRANSPOSED, patches
 
 
 class Rows(NamedTuple):
@@ -61,7 +61,7 @@ def sampled_rows(
         if c.is_product and any(id(owner) in by_module for owner in c.owners)
     ]
     for side in sides:
-        if getattr(side.module, "groups", 1) > 1 or isinstance(side.module, _TRANSPOSED):
+        if getattr(side.module, "groups", 1) > 1 or isinstance(side.module, TRANSPOSED):
             raise ValueError(
                 f"{who} takes the next layer apart, which cannot be done for {side.layer}: it has "
                 "groups or is transposed; leave the channels before it out by `ratio`"
@@ -76,15 +76,7 @@ def sampled_rows(
 
     calibration.watch(model, candidates, who, see)
     layers = {c.name: by_module[id(c.owners[0])].layer for c in candidates}
-    return {
-        layers[name]: Rows(
-            torch.cat([p.inputs for p in parts]), torch.cat([p.outputs for p in parts])
-        )
-        for name, parts in found.items()
-    }
-
-
-_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+    return {layers[name]: _joined(parts) for name, parts in found.items()}
 
 
 def _joined(parts: Sequence[Rows]) -> Rows:

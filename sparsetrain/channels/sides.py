@@ -11,6 +11,8 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from sparsetrain.convolution import CONVOLUTIONS, TRANSPOSED
+
 #: Whether channels come out of a layer, go in, or pass through one by one.
 Role = Literal["out", "in", "through"]
 
@@ -22,7 +24,7 @@ class Side:
     Attributes:
         layer: name of the module.
         places: for each channel of the coupling, its positions among those of the layer. More than
-            one where a Linear layer follows a flattening, and where groups or heads go together.
+            one where a Linear layer follows a flattening, and where groups go together.
     """
 
     layer: str
@@ -58,26 +60,37 @@ class _Kind:
 
 def is_depthwise(module: Any) -> bool:
     """Whether each channel that comes out is made of the one that goes in at its place."""
-    if not isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+    if not isinstance(module, CONVOLUTIONS):
         return False
     return 1 < module.groups == module.in_channels == module.out_channels
 
 
 def is_grouped(module: Any) -> bool:
     """Whether a convolution has groups that are more than one channel."""
-    is_convolution = isinstance(module, _CONVOLUTIONS)
+    is_convolution = isinstance(module, (*CONVOLUTIONS, *TRANSPOSED))
     return is_convolution and module.groups > 1 and not is_depthwise(module)
 
 
 def is_known(module: nn.Module) -> bool:
+    """Whether the layer is of a kind that has channels."""
+    return isinstance(module, tuple(_KINDS))
+
+
+def can_lose_channels(module: Any) -> bool:
     """Whether channels can be taken out of the layer."""
-    return any(isinstance(module, kind) for kind in _KINDS)
+    if isinstance(module, TRANSPOSED):
+        return module.groups == 1
+    if isinstance(module, nn.LayerNorm):  # else its size is in no tensor, or channels are not last
+        return module.weight is not None and module.weight.dim() == 1
+    return is_known(module) and not (isinstance(module, nn.GroupNorm) and not module.affine)
 
 
 def role_of(module: nn.Module, is_out: bool) -> Role:
     """The role of a layer for channels on one side of it."""
-    is_product = isinstance(module, (*_CONVOLUTIONS, nn.Linear)) and not is_depthwise(module)
-    return ("out" if is_out else "in") if is_product else "through"
+    is_product = isinstance(module, (nn.Linear, *CONVOLUTIONS, *TRANSPOSED))
+    if is_depthwise(module) or not is_product:
+        return "through"
+    return "out" if is_out else "in"
 
 
 def counts(module: nn.Module) -> dict[str, Any]:
@@ -93,10 +106,10 @@ def _present(module: nn.Module, *slices: tuple[str, int]) -> list[tuple[str, int
     return [(leaf, dim) for leaf, dim in slices if isinstance(getattr(module, leaf, None), Tensor)]
 
 
-# Convolutions
+# Linear layers, convolutions and embeddings
 
 
-def _convolution_slices(module: Any, role: Role) -> list[tuple[str, int]]:
+def _product_slices(module: Any, role: Role) -> list[tuple[str, int]]:
     return _present(module, ("weight", 1)) if role == "in" else _vectors(module, role)
 
 
@@ -112,9 +125,6 @@ def _transposed_slices(module: Any, role: Role) -> list[tuple[str, int]]:
 
 def _transposed_counts(module: Any) -> dict[str, Any]:
     return {"out_channels": module.weight.shape[1], "in_channels": module.weight.shape[0]}
-
-
-# Linear layers and embeddings
 
 
 def _linear_counts(module: Any) -> dict[str, Any]:
@@ -149,27 +159,19 @@ def _group_norm_counts(module: Any) -> dict[str, Any]:
     return {"num_channels": _length(module)} if module.affine else {}
 
 
-_CONVOLUTIONS = (
-    nn.Conv1d,
-    nn.Conv2d,
-    nn.Conv3d,
-    nn.ConvTranspose1d,
-    nn.ConvTranspose2d,
-    nn.ConvTranspose3d,
-)
+def _prelu_slices(module: Any, role: Role) -> list[tuple[str, int]]:
+    return [] if len(module.weight) == 1 else [("weight", 0)]
+
+
 _KINDS: dict[type[nn.Module], _Kind] = {
-    nn.Linear: _Kind(_convolution_slices, _linear_counts),
-    nn.Conv1d: _Kind(_convolution_slices, _convolution_counts),
-    nn.Conv2d: _Kind(_convolution_slices, _convolution_counts),
-    nn.Conv3d: _Kind(_convolution_slices, _convolution_counts),
-    nn.ConvTranspose1d: _Kind(_transposed_slices, _transposed_counts),
-    nn.ConvTranspose2d: _Kind(_transposed_slices, _transposed_counts),
-    nn.ConvTranspose3d: _Kind(_transposed_slices, _transposed_counts),
+    nn.Linear: _Kind(_product_slices, _linear_counts),
+    **dict.fromkeys(CONVOLUTIONS, _Kind(_product_slices, _convolution_counts)),
+    **dict.fromkeys(TRANSPOSED, _Kind(_transposed_slices, _transposed_counts)),
     nn.Embedding: _Kind(_embedding_slices, lambda m: {"embedding_dim": m.weight.shape[1]}),
     nn.BatchNorm1d: _Kind(_vectors, _batch_norm_counts),
     nn.BatchNorm2d: _Kind(_vectors, _batch_norm_counts),
     nn.BatchNorm3d: _Kind(_vectors, _batch_norm_counts),
     nn.LayerNorm: _Kind(_vectors, _layer_norm_counts),
     nn.GroupNorm: _Kind(_vectors, _group_norm_counts),
-    nn.PReLU: _Kind(_vectors, lambda m: {"num_parameters": len(m.weight)}),
+    nn.PReLU: _Kind(_prelu_slices, lambda m: {"num_parameters": len(m.weight)}),
 }

@@ -19,13 +19,11 @@ from torch.utils._pytree import tree_leaves
 
 from sparsetrain.batches import called
 from sparsetrain.candidates import find_candidates, plain_name
+from sparsetrain.convolution import CONVOLUTIONS, TRANSPOSED
 from sparsetrain.storage.csr.layers import SparseLayer
 
 if TYPE_CHECKING:
     from sparsetrain.optimizer import SparseOptimizer
-
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
 @dataclass(frozen=True)
@@ -146,10 +144,10 @@ def _counter(module: nn.Module, add: Any) -> Any:
         return lambda m, args, kwargs, out: add(m.values, 2.0 * out.numel() * m.pattern.shape[1])
     if isinstance(module, nn.Linear):
         return lambda m, args, kwargs, out: add(_held(m), 2.0 * out.numel() * m.in_features)
-    if isinstance(module, _CONVOLUTIONS):
+    if isinstance(module, CONVOLUTIONS):
         # Each output element is a product with one filter.
         return lambda m, args, kwargs, out: add(_held(m), 2.0 * out.numel() * _held(m)[0].numel())
-    if isinstance(module, _TRANSPOSED):
+    if isinstance(module, TRANSPOSED):
         # Each input element is a product with one filter.
         return lambda m, args, kwargs, out: add(
             _held(m), 2.0 * _first(args, kwargs).numel() * _held(m)[0].numel()

@@ -56,7 +56,7 @@ def _projection(module: nn.MultiheadAttention) -> nn.Linear:
     layer.weight = module.in_proj_weight
     if has_bias:
         layer.bias = module.in_proj_bias
-    return layer.train(module.training)
+    return layer
 
 
 def _forward(

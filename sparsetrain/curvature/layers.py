@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sparsetrain.convolution import padded_input, patches
+from sparsetrain.convolution import CONVOLUTIONS, padded_input, patches
 
 #: Leaf name, "weight" or "bias" -> tensor.
 Gradients = dict[str, Tensor]
@@ -116,7 +116,7 @@ def _has_products(module: nn.Module, given: Tensor) -> bool:
 def _takes_patches(module: Any) -> bool:
     """Whether a convolution is computed as the Linear layer of its patches."""
     # oneDNN has fast grouped kernels for multiples of 8 channels; a network's first layer has 3.
-    is_convolution = isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
+    is_convolution = isinstance(module, CONVOLUTIONS)
     return is_convolution and module.groups == 1 and module.in_channels % 8 != 0
 
 

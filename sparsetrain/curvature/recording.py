@@ -171,6 +171,7 @@ class Recording:
 
     def _add_to(self, parameter: Parameter, square: Tensor) -> None:
         known = self._sums.get(parameter)
+        # A weight's outer squares are added to its sum in place already.
         if id(parameter) not in self._left_out and known is not square:
             self._sums[parameter] = square if known is None else known.add_(square)
 

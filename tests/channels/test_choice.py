@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import copy
 import sys
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
 from channels_networks import Residual, images
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 import sparsetrain as st
@@ -103,6 +103,22 @@ def test_all_layers_compete_and_each_keeps_a_channel() -> None:
     assert result.model[2].weight[0, 0] == 500.0
 
 
+def test_numbers_below_zero_compete_by_their_size() -> None:
+    class Signed(st.channels.Scoring):
+        kind: Literal["signed"] = "signed"
+
+        def scores(self, model: Any, couplings: Any, calibration: Any) -> dict[str, Tensor]:
+            scores = {"0": [-9.0, -1.0, 1.0, 1.0], "2": [10.0, -10.0, 20.0, 30.0]}
+            return {name: torch.tensor(values) for name, values in scores.items()}
+
+    layers = [nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)]
+    method = Signed()
+    st.channels.ChannelMethod.members.pop("signed")
+    model = nn.Sequential(*layers)
+    result = st.channels.prune(model, torch.randn(2, 3), method, 0.3, scope="global")
+    assert result.removed == {"0": [0], "2": [1]}
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -123,6 +139,11 @@ def test_bad_arguments(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         st.channels.prune(model, images(), **arguments)
     torch.testing.assert_close(model.state_dict(), state)
+
+
+def test_a_method_that_is_none() -> None:
+    with pytest.raises(TypeError, match="a channel method or a score, not 3"):
+        st.channels.prune(Residual(), images(), 3)  # type: ignore[arg-type]
 
 
 def test_a_live_sparse_optimizer_is_refused() -> None:

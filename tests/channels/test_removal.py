@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from channels_networks import NETWORKS, Residual, images, stacks
+from channels_networks import NETWORKS, Residual, Stream, images, stacks
 from hypothesis import given, settings
 from hypothesis import strategies as some
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 import sparsetrain as st
 from sparsetrain.channels.removal import remove
@@ -48,6 +49,69 @@ def test_what_goes_together() -> None:
 def test_a_transformer_loses_units_of_its_mlp_alone() -> None:
     model, x = made("tokens")
     assert [c.name for c in st.channels.couplings(model, x)] == ["block.linear1"]
+
+
+def test_a_width_behind_a_layer_norm() -> None:
+    torch.manual_seed(0)
+    model, tokens = Stream(), torch.arange(15).view(3, 5) % 11
+    (coupling,) = st.channels.couplings(model, tokens)
+    assert sorted((s.layer, s.role) for s in coupling.sides) == [
+        ("embed", "through"),
+        ("head", "in"),
+        ("inner", "in"),
+        ("inner", "out"),
+        ("norm", "through"),
+    ]
+    result = st.channels.prune(model, tokens, "l1", 0.25)
+    kept = [c for c in range(8) if c not in result.removed["inner"]]
+    # A norm over fewer channels has other statistics: against the formula, not the silenced one.
+    x = model.embed.weight[:, kept][tokens]
+    x = x + torch.relu(x @ model.inner.weight[kept][:, kept].T + model.inner.bias[kept])
+    x = F.layer_norm(x, (6,), model.norm.weight[kept], model.norm.bias[kept])
+    expected = x.mean(1) @ model.head.weight[:, kept].T + model.head.bias
+    torch.testing.assert_close(result.model(tokens), expected)
+
+
+def test_a_group_norm_loses_as_many_of_each_group() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 6, 1), nn.GroupNorm(2, 6), nn.Conv2d(6, 2, 1))
+    result = st.channels.prune(model, images(), "l1", 0.34)
+    gone = result.removed["0"][0]
+    kept = [c for c in range(6) if c % 3 != gone]
+    assert result.layers == {"0": (6, 4)} and result.model[1].num_channels == 4
+    x = F.conv2d(images(), model[0].weight[kept], model[0].bias[kept])
+    x = F.group_norm(x, 2, model[1].weight[kept], model[1].bias[kept])
+    expected = F.conv2d(x, model[2].weight[:, kept], model[2].bias)
+    torch.testing.assert_close(result.model(images()), expected)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.ConvTranspose2d(6, 4, 1, groups=2),
+        nn.Conv2d(6, 3, 1, groups=3),
+        nn.Sequential(nn.LayerNorm((6, 8, 8)), nn.Conv2d(6, 4, 1)),
+        nn.Sequential(nn.GroupNorm(2, 6, affine=False), nn.Conv2d(6, 4, 1)),
+        nn.Sequential(nn.InstanceNorm2d(6, affine=True), nn.Conv2d(6, 4, 1)),
+    ],
+)
+def test_channels_before_a_layer_that_cannot_lose_them_stay(layer: nn.Module) -> None:
+    model = nn.Sequential(nn.Conv2d(1, 6, 1), layer)
+    assert st.channels.couplings(model, images()) == []
+
+
+def test_inputs_may_be_a_mapping() -> None:
+    class Named(Residual):
+        def forward(self, *, pixels: Tensor) -> Tensor:
+            return super().forward(pixels)
+
+    torch.manual_seed(0)
+    named = Named()
+    plain = Residual()
+    plain.load_state_dict(named.state_dict())
+    found = st.channels.prune(named, {"pixels": images()}, "l1", 0.5)
+    expected = st.channels.prune(plain, images(), "l1", 0.5)
+    assert found.to_dict() == expected.to_dict()
 
 
 @each_network
