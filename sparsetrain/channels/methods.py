@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
-from typing import Annotated, Any, ClassVar, Literal
+from collections.abc import Callable, Mapping, Sequence
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import torch
 from pydantic import Field
@@ -19,11 +19,46 @@ from sparsetrain.scores import Score
 from sparsetrain.scores.base import ScoreField
 from sparsetrain.scoring import measured
 
+#: Whether a layer's channels compete with each other or with those of all layers.
+Scope = Literal["layer", "global"]
+
 
 class ChannelMethod(Kinded):
-    """Base of all methods: those that score channels, here, and those in `rebuilding.py`."""
+    """Base of all methods. There are two kinds: `Scoring` and `LayerByLayer`."""
 
     family: ClassVar[str] = "channel method"
+    #: What competes, unless told.
+    scope: ClassVar[Scope] = "layer"
+    #: Whether numbers of channels mean the same in every layer.
+    comparable: ClassVar[bool] = False
+
+
+class Networks(NamedTuple):
+    """A network that is being pruned and the one it was, with their couplings."""
+
+    pruned: nn.Module
+    couplings: list[Coupling]
+    original: nn.Module
+    original_couplings: list[Coupling]
+
+
+class LayerByLayer(ChannelMethod):
+    """Base of methods that take layers in their order, and may change what is left of them."""
+
+    @abstractmethod
+    def prune_layers(
+        self, networks: Networks, counts: Mapping[str, int], calibration: Calibration
+    ) -> dict[str, list[int]]:
+        """Choose channels and change weights of the pruned network, in place.
+
+        What is to be removed may be silenced; nothing changes its shape.
+
+        Args:
+            counts: name of a coupling -> how many channels to keep.
+
+        Returns:
+            Name of a coupling -> channels to remove.
+        """
 
 
 class Scoring(ChannelMethod):
@@ -120,10 +155,11 @@ class ByScore(Scoring):
 _SHORT = {"l1": Norm(p=1.0), "l2": Norm(p=2.0)}
 
 
-def method_of(value: Any) -> Any:
+def method_of(value: Any) -> Scoring | LayerByLayer:
     """A method, its name or a dict; "l1", "l2"; or a score or its name.
 
     Raises:
+        TypeError: it is none of these.
         ValueError: there is none of that name.
     """
     if isinstance(value, str) and value in _SHORT:
@@ -132,7 +168,10 @@ def method_of(value: Any) -> Any:
         return ByScore(score=value)
     if isinstance(value, str) and value not in ChannelMethod.members and value in Score.members:
         return ByScore(score=Score.build(value))
-    return ChannelMethod.build(value)
+    method = ChannelMethod.build(value)
+    if not isinstance(method, Scoring | LayerByLayer):
+        raise TypeError(f"method must be a channel method or a score, not {value!r}")
+    return method
 
 
 def _of_filters(

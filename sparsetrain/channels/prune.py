@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Iterable, Mapping, Sequence
-from fnmatch import fnmatchcase
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,33 +15,43 @@ from torch.utils import _pytree as pytree
 from sparsetrain.batches import Adapter, called
 from sparsetrain.calibration import Calibration
 from sparsetrain.candidates import unwrapped
+from sparsetrain.channels.counts import Plan, Ratio, shares, within
 from sparsetrain.channels.coupling import Coupling, couplings
-from sparsetrain.channels.methods import ChannelMethod, Scoring, method_of
-from sparsetrain.channels.rebuilding import Rebuilding, rebuilt
+from sparsetrain.channels.methods import (
+    ChannelMethod,
+    LayerByLayer,
+    Networks,
+    Scope,
+    Scoring,
+    method_of,
+)
 from sparsetrain.channels.removal import remove
 from sparsetrain.channels.result import ChannelResult, Sizes
-from sparsetrain.config import did_you_mean
+from sparsetrain.cost import latency
 from sparsetrain.curvature.evaluating import evaluating
 from sparsetrain.curvature.losses import LossFunction
+from sparsetrain.recipe import Rule
 from sparsetrain.scores import Score
-
-#: Share of channels to remove: of every layer, or by glob on the names of layers.
-Ratio = float | Mapping[str, float]
 
 
 def prune(
     model: nn.Module,
     example_inputs: Any,
     method: ChannelMethod | Score | str | Mapping[str, Any] = "l1",
-    ratio: Ratio = 0.5,
+    ratio: Ratio | None = None,
     *,
-    scope: Literal["layer", "global"] = "layer",
+    flops: float | None = None,
+    parameters: float | None = None,
+    scope: Scope | None = None,
+    floor: float = 0.0,
     round_to: int = 1,
+    rules: Sequence[Rule | Mapping[str, Any]] = (),
     calibration: Iterable[Any] | None = None,
     loss_fn: LossFunction | None = None,
     adapter: Adapter | None = None,
     optimizer: Optimizer | None = None,
     in_place: bool = False,
+    measure_latency: bool = True,
     seed: int = 0,
     progress: bool = False,
 ) -> ChannelResult:
@@ -58,13 +66,20 @@ def prune(
         method: a method or its name, "l1" or "l2"; or a score or its name.
         ratio: share of channels to remove, in [0, 1): of every layer, or a mapping from globs on
             names of layers; the first that fits counts, and layers that none fits stay as they are.
+        flops: instead of a ratio, the share of FLOPs that may be left, in (0, 1]: the same ratio
+            everywhere (or the same threshold), as small as will do.
+        parameters: instead of a ratio or together with `flops`, the share of parameters.
         scope: whether a layer's channels compete with each other or with those of all layers, after
-            division by the mean size in their layer.
+            division by the mean size in their layer. None: as the method's paper has it.
+        floor: share of its channels that every layer keeps at least, in [0, 1).
         round_to: kept channels are rounded up to a multiple of this.
+        rules: as in a recipe, `{"match": "stem", "dense": True}` or with a `sparsity` instead of
+            `dense`, the share to remove. The first that speaks of a layer counts, before `ratio`.
         calibration: batches for methods that need data, as for `st.prune`.
         loss_fn: (outputs, targets) -> scalar, for methods that need a loss.
         optimizer: of the model, which goes on with what is left of its state; needs `in_place`.
         in_place: whether the model itself shrinks; otherwise a copy does.
+        measure_latency: whether the report says how long a forward pass takes.
         seed: of whatever is random.
         progress: whether to show a bar.
 
@@ -78,40 +93,62 @@ def prune(
             cannot be followed; it stays as it was.
     """
     model = unwrapped(model)
-    _check(model, optimizer, in_place, round_to)
+    _check(model, optimizer, in_place, floor, round_to)
     found = couplings(model, example_inputs)
     if not found:
         raise ValueError("the model has no channels that could be removed")
-    asked = _ratios(ratio, found)
+    targets = _targets(ratio, flops=flops, parameters=parameters)
+    if ratio is None and not targets:
+        ratio = 0.5
+    asked = shares(ratio, rules, model, found)
     wanted = [coupling for coupling in found if coupling.name in asked]
+    chosen = method_of(method)
     given = Calibration(calibration, loss_fn, adapter, seed, progress)
-    before = Sizes.of(model, example_inputs)
-    smaller = copy.deepcopy(model)
-    copied = {c.name: c for c in couplings(smaller, example_inputs)}
-    match method_of(method):
-        case Rebuilding() as rebuilding:
-            if scope == "global":
-                raise ValueError(f"channel method {rebuilding.kind!r} goes layer by layer")
-            keep = _rounded(_by_layer(wanted, asked), wanted, round_to)
-            originals = {c.name: c for c in found}
-            removed = rebuilt(smaller, copied, model, originals, keep, rebuilding, given)
-        case Scoring() as scoring:
-            scores = scoring.scores(model, wanted, given)
-            keep = _by_layer(wanted, asked) if scope == "layer" else _globally(scores, asked)
-            keep = _rounded(keep, wanted, round_to)
-            removed = {c.name: _least(c, scores[c.name], keep[c.name]) for c in wanted}
-        case other:
-            raise TypeError(f"method must be a channel method or a score, not {other!r}")
+    scores = chosen.scores(model, wanted, given) if isinstance(chosen, Scoring) else None
+    competing = _competing(chosen, scope, scores)
+    plan = Plan(wanted, asked, competing, chosen.comparable, floor, round_to)
+    counts = within(targets, plan, model, found, example_inputs) if targets else plan.at(0.0)
+    smaller, copied = copy.deepcopy((model, found))
+    if isinstance(chosen, LayerByLayer):
+        removed = chosen.prune_layers(Networks(smaller, copied, model, found), counts, given)
+    else:
+        assert scores is not None
+        removed = {c.name: _lowest(c, scores[c.name], counts[c.name]) for c in wanted}
     removed = {name: channels for name, channels in removed.items() if channels}
-    rebuilt_state = copy.deepcopy(smaller.state_dict()) if in_place else {}
-    remove(removed, copied.values(), None)
+    changed = copy.deepcopy(smaller.state_dict()) if in_place else {}
+    remove(removed, copied, None)
     _check_same_outputs(model, smaller, example_inputs)
+    before, after = (Sizes.of(m, example_inputs) for m in (model, smaller))
+    seconds = latency([model, smaller], example_inputs) if measure_latency else None
     if in_place:
-        model.load_state_dict(rebuilt_state)
+        model.load_state_dict(changed)
         remove(removed, found, optimizer)
         smaller = model
     layers = {c.name: _widths(c, removed.get(c.name, [])) for c in found}
-    return ChannelResult(smaller, layers, removed, before, Sizes.of(smaller, example_inputs))
+    return ChannelResult(smaller, layers, removed, before, after, seconds)
+
+
+def _targets(ratio: Ratio | None, **targets: float | None) -> dict[str, float]:
+    given = {name: share for name, share in targets.items() if share is not None}
+    for name, share in given.items():
+        if not 0 < share <= 1:
+            raise ValueError(f"{name}={share} must be the share that may be left, in (0, 1]")
+    if given and ratio is not None:
+        raise ValueError(f"give either a ratio or {' and '.join(given)}")
+    return given
+
+
+def _competing(
+    method: Scoring | LayerByLayer, scope: Scope | None, scores: dict[str, Tensor] | None
+) -> dict[str, Tensor] | None:
+    """The scores, if the channels of all layers compete."""
+    if scope not in (None, "layer", "global"):
+        raise ValueError(f"scope={scope!r} is not one of 'layer', 'global'")
+    if (scope or method.scope) == "layer":
+        return None
+    if scores is None:
+        raise ValueError(f"channel method {method.kind!r} goes layer by layer")
+    return scores
 
 
 def _widths(coupling: Coupling, removed: Sequence[int]) -> tuple[int, int]:
@@ -120,7 +157,9 @@ def _widths(coupling: Coupling, removed: Sequence[int]) -> tuple[int, int]:
     return first.width, first.width - sum(len(first.places[channel]) for channel in removed)
 
 
-def _check(model: nn.Module, optimizer: Any, in_place: bool, round_to: int) -> None:
+def _check(model: nn.Module, optimizer: Any, in_place: bool, floor: float, round_to: int) -> None:
+    if not 0 <= floor < 1:
+        raise ValueError(f"floor={floor} must be the share of channels to keep, in [0, 1)")
     if round_to < 1:
         raise ValueError(f"round_to={round_to} must be 1 or more")
     if optimizer is not None and not in_place:
@@ -134,49 +173,7 @@ def _check(model: nn.Module, optimizer: Any, in_place: bool, round_to: int) -> N
             )
 
 
-def _ratios(ratio: Ratio, found: Sequence[Coupling]) -> dict[str, float]:
-    """Name of a coupling -> share to remove."""
-    by_glob = ratio if isinstance(ratio, Mapping) else {"*": ratio}
-    layers = {side.layer: coupling.name for coupling in found for side in coupling.by_role("out")}
-    asked: dict[str, float] = {}
-    for glob, share in by_glob.items():
-        if not 0 <= share < 1:
-            raise ValueError(f"ratio {share} of {glob!r} must be in [0, 1)")
-        named = {layers[layer] for layer in layers if fnmatchcase(layer, glob)}
-        if not named:
-            near = did_you_mean(glob, layers)
-            raise ValueError(f"ratio of {glob!r}: no layer of that name can lose channels{near}")
-        for name in named:
-            asked.setdefault(name, share)
-    return asked
-
-
-def _by_layer(wanted: Sequence[Coupling], asked: Mapping[str, float]) -> dict[str, int]:
-    """How many channels each coupling keeps."""
-    return {c.name: c.channels - math.floor(asked[c.name] * c.channels) for c in wanted}
-
-
-def _globally(scores: Mapping[str, Tensor], asked: Mapping[str, float]) -> dict[str, int]:
-    """How many channels each coupling keeps where all compete."""
-    if len(set(asked.values())) > 1:
-        raise ValueError("scope='global' has one ratio: give a number")
-    relative = [values / values.abs().mean().clamp_min(1e-30) for values in scores.values()]
-    every = torch.cat(relative)
-    kept = torch.ones(len(every), dtype=torch.bool)
-    kept[every.argsort(stable=True)[: math.floor(next(iter(asked.values())) * len(every))]] = False
-    parts = torch.split(kept, [len(values) for values in relative])
-    return {name: max(int(part.sum()), 1) for name, part in zip(scores, parts, strict=True)}
-
-
-def _rounded(
-    counts: Mapping[str, int], wanted: Sequence[Coupling], round_to: int
-) -> dict[str, int]:
-    return {
-        c.name: min(math.ceil(counts[c.name] / round_to) * round_to, c.channels) for c in wanted
-    }
-
-
-def _least(coupling: Coupling, scores: Tensor, keep: int) -> list[int]:
+def _lowest(coupling: Coupling, scores: Tensor, keep: int) -> list[int]:
     """The channels to remove, ascending."""
     return coupling.removable(scores.argsort(stable=True).tolist(), coupling.channels - keep)
 

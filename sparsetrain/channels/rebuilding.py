@@ -11,11 +11,11 @@ from typing import Annotated, ClassVar, Literal, NamedTuple
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
 from sparsetrain.calibration import Calibration
 from sparsetrain.channels.coupling import Coupling
-from sparsetrain.channels.methods import ChannelMethod
+from sparsetrain.channels.methods import LayerByLayer, Networks
 from sparsetrain.channels.reconstruction import (
     greedy_discard,
     lasso_path,
@@ -40,7 +40,7 @@ class Next(NamedTuple):
         return self.rows.contributions(self.side.module.weight.detach(), self.side)
 
 
-class Rebuilding(ChannelMethod):
+class Rebuilding(LayerByLayer):
     """Base of methods that look at the next layer. They need inputs."""
 
     #: Whether the layer should give what it gave in the network as it was.
@@ -60,6 +60,45 @@ class Rebuilding(ChannelMethod):
     @abstractmethod
     def rebuild(self, layer: Next, kept: Sequence[int], seed: int) -> None:
         """Change a layer's weight so that the channels that are kept do for all, in place."""
+
+    def prune_layers(
+        self, networks: Networks, counts: Mapping[str, int], calibration: Calibration
+    ) -> dict[str, list[int]]:
+        """Choose and rebuild, each layer on what the pruned ones before it give.
+
+        Raises:
+            ValueError: as `sampled_rows`.
+        """
+        removed: dict[str, list[int]] = {}
+        pairs = zip(networks.couplings, networks.original_couplings, strict=True)
+        for coupling, before in pairs:
+            count = counts.get(coupling.name, coupling.channels)
+            if count == coupling.channels:
+                continue
+            layers = self._next(networks, coupling, before, calibration)
+            kept = self.kept(layers, count, calibration.seed)
+            order = sorted(set(range(coupling.channels)) - set(kept))
+            gone = coupling.removable(order, len(order))
+            left = sorted(set(range(coupling.channels)) - set(gone))
+            for layer in layers:
+                self.rebuild(layer, left, calibration.seed)
+            removed[coupling.name] = gone
+            silence(removed, [coupling])
+        return removed
+
+    def _next(
+        self, networks: Networks, coupling: Coupling, before: Coupling, calibration: Calibration
+    ) -> list[Next]:
+        """The layers that the channels go into."""
+        who, sides = f"channel method {self.kind!r}", coupling.by_role("in")
+        rows = sampled_rows(networks.pruned, sides, calibration, who, places=self.places)
+        wanted = rows
+        if self.asymmetric:
+            sides_before = before.by_role("in")
+            wanted = sampled_rows(
+                networks.original, sides_before, calibration, who, places=self.places
+            )
+        return [Next(side, rows[side.layer], wanted[side.layer].outputs) for side in sides]
 
 
 class ThiNet(Rebuilding):
@@ -139,50 +178,3 @@ class LassoChannels(Rebuilding):
         module.weight[:, columns] = weight.view(len(weight), len(columns), *module.weight.shape[2:])
         if has_bias:
             module.bias += bias
-
-
-def rebuilt(
-    model: nn.Module,
-    couplings: Mapping[str, Coupling],
-    original: nn.Module,
-    couplings_before: Mapping[str, Coupling],
-    counts: Mapping[str, int],
-    method: Rebuilding,
-    calibration: Calibration,
-) -> dict[str, list[int]]:
-    """Prune and rebuild layer by layer, in place. Channels are silenced, not removed.
-
-    Args:
-        model: a copy of the network.
-        couplings: of the copy, by name.
-        original: the network as it was.
-        couplings_before: of that network.
-        counts: name of a coupling -> how many channels to keep.
-
-    Returns:
-        Name of a coupling -> channels to remove.
-
-    Raises:
-        ValueError: as `sampled_rows`.
-    """
-    removed: dict[str, list[int]] = {}
-    who, places = f"channel method {method.kind!r}", method.places
-    for name, count in counts.items():
-        coupling = couplings[name]
-        if count == coupling.channels:
-            continue
-        sides = coupling.by_role("in")
-        rows = sampled_rows(model, sides, calibration, who, places=places)
-        wanted = rows
-        if method.asymmetric:
-            before = couplings_before[name].by_role("in")
-            wanted = sampled_rows(original, before, calibration, who, places=places)
-        layers = [Next(side, rows[side.layer], wanted[side.layer].outputs) for side in sides]
-        kept = method.kept(layers, count, calibration.seed)
-        order = sorted(set(range(coupling.channels)) - set(kept))
-        removed[name] = coupling.removable(order, len(order))
-        left = sorted(set(range(coupling.channels)) - set(removed[name]))
-        for layer in layers:
-            method.rebuild(layer, left, calibration.seed)
-        silence({name: removed[name]}, [coupling])
-    return removed

@@ -43,6 +43,8 @@ class ChannelResult:
         removed: the same name -> the channels that went, numbered as before.
         before: what the network cost.
         after: what it costs.
+        seconds: of a forward pass on the example inputs before and after, measured in turn; None
+            where that was not asked for.
     """
 
     model: nn.Module
@@ -50,6 +52,7 @@ class ChannelResult:
     removed: dict[str, list[int]]
     before: Sizes
     after: Sizes
+    seconds: tuple[float, ...] | None = None
 
     @property
     def architecture(self) -> Architecture:
@@ -67,6 +70,7 @@ class ChannelResult:
             "removed": self.removed,
             "parameters": [self.before.parameters, self.after.parameters],
             "flops": [self.before.flops, self.after.flops],
+            "seconds": list(self.seconds) if self.seconds else None,
         }
 
     def __rich__(self) -> Table:
@@ -76,6 +80,8 @@ class ChannelResult:
         table.add_section()
         table.add_row("parameters", f"{self.before.parameters:,}", f"{self.after.parameters:,}")
         table.add_row("FLOPs", f"{self.before.flops:,.0f}", f"{self.after.flops:,.0f}")
+        if self.seconds:
+            table.add_row("latency [ms]", *(f"{1e3 * seconds:,.3f}" for seconds in self.seconds))
         return table
 
     def __str__(self) -> str:

@@ -11,6 +11,18 @@ from torch.nn import Parameter
 
 
 @contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode; each module's mode comes back at the end."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+@contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode with gradients enabled; each module's mode comes back at the end.
 
@@ -21,17 +33,13 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         ValueError: a layer mixes the samples of a batch even in evaluation mode.
     """
     _check(model)
-    modes = [(module, module.training) for module in model.modules()]
     has_shortcut = torch.backends.mha.get_fastpath_enabled()
     try:
-        model.eval()
         torch.backends.mha.set_fastpath_enabled(False)
-        with torch.enable_grad():
+        with evaluation_mode(model), torch.enable_grad():
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(has_shortcut)
-        for module, mode in modes:
-            module.training = mode
 
 
 @contextmanager
