@@ -9,6 +9,7 @@ from sparsetrain.allocation import (
     Uniform,
     UniformFirstDense,
 )
+from sparsetrain.exporting import OnnxResult, export_onnx
 from sparsetrain.optimizer import SparseOptimizer
 from sparsetrain.policies import (
     SET,
@@ -21,6 +22,7 @@ from sparsetrain.policies import (
     NMSparse,
     Policy,
     RigL,
+    Slimming,
     SoftThreshold,
     Static,
     VariationalDropout,
@@ -95,6 +97,7 @@ __all__ = [
     "Movement",
     "MovementScore",
     "NMSparse",
+    "OnnxResult",
     "OptimalBrainDamage",
     "OptimalBrainSurgeon",
     "Policy",
@@ -105,6 +108,7 @@ __all__ = [
     "Rule",
     "Schedule",
     "Score",
+    "Slimming",
     "Snapshot",
     "SoftThreshold",
     "SparseOptimizer",
@@ -123,6 +127,7 @@ __all__ = [
     "compress",
     "cost",
     "curvature",
+    "export_onnx",
     "optimal_brain_surgeon",
     "owl",
     "prune",

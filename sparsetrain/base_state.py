@@ -321,3 +321,5 @@ def forget_history(base: Optimizer, total: int) -> None:
         whole = [v for v in state.values() if isinstance(v, Tensor) and v.shape == (total,)]
         if whole and param.shape != (total,):
             state.clear()
+    if getattr(base, "_numel_cache", None) is not None:
+        base._numel_cache = None  # type: ignore[attr-defined]  # LBFGS counts its numbers once

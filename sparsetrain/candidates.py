@@ -101,6 +101,12 @@ class Candidate:
         return self.is_product and not self.is_embedding and self.can_be_sparse
 
     @property
+    def is_batch_norm_scale(self) -> bool:
+        """Whether it is the scale of a batch normalisation, one number a channel."""
+        is_norm = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in self.owners)
+        return is_norm and self.name.rpartition(".")[2] == "weight"
+
+    @property
     def is_default(self) -> bool:
         """Whether it is made sparse without being asked for: weights that are not frozen."""
         return self.is_weight and self.param.requires_grad

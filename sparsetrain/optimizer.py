@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from sparsetrain import checkpoint
+from sparsetrain import checkpoint, narrowing
 from sparsetrain.holding import Holder
 from sparsetrain.keeper import Keeper, Listener
+from sparsetrain.narrowing import Cut
 from sparsetrain.policies import Policy
 from sparsetrain.recipe import Recipe, assign
 from sparsetrain.report.summary import Summary, summarise
@@ -230,6 +231,31 @@ class SparseOptimizer(Optimizer):
         """
         self._require_live()
         self._keeper.mask_gradients()
+
+    def check_narrowing(self, cuts: Sequence[Cut] = ()) -> None:
+        """Refuse to let parameters lose slices where masks or policies cannot follow.
+
+        Without `cuts`, what no slice can be taken out of is refused. Nothing changes.
+
+        Raises:
+            ValueError: a weight is held in csr or behind a learned mask, or the policy does not
+                work with the shape or the mask that would be left; the message names the layer.
+        """
+        self._require_live()
+        narrowing.check(self._keeper, cuts)
+
+    def narrow(self, cuts: Sequence[Cut]) -> None:
+        """Take slices out of parameters, and out of all that is kept for them, between two steps.
+
+        `st.channels.prune` calls it when channels are removed. Parameters stay the same objects.
+        What is left of a weight keeps its gradient, optimizer state and mask; what each policy
+        asks of it from then on is told in `sparsetrain/narrowing.py`.
+
+        Raises:
+            ValueError: as `check_narrowing`; nothing changed.
+        """
+        self._require_live()
+        narrowing.narrow(self._keeper, cuts)
 
     def finalize(self, *, dense: bool = True) -> None:
         """Leave a plain model with exact zeros and a plain base optimizer; no step after this.

@@ -202,9 +202,10 @@ def assign(model: nn.Module, recipe: Recipe) -> list[Assignment]:
             claims.setdefault(id(candidate.param), number)
     assignments = []
     if recipe.policy is not None:
-        free = [c for c in candidates if c.is_default and id(c.param) not in claims]
+        taken = [c for c in candidates if recipe.policy.takes(c)]
+        free = [c for c in taken if c.param.requires_grad and id(c.param) not in claims]
         if not free and all(rule.sparsity is None for rule in recipe.rules):
-            raise ValueError(_nothing_left(recipe.policy, candidates))
+            raise ValueError(_nothing_left(recipe.policy, taken))
         assignments.append(Assignment(recipe.policy, free))
     for number, rule in enumerate(recipe.rules):
         mine = [c for c in matched[number] if claims[id(c.param)] == number]
@@ -215,7 +216,7 @@ def assign(model: nn.Module, recipe: Recipe) -> list[Assignment]:
             )
         policy = _policy_of(rule, recipe)
         if policy is not None:
-            chosen = _sparse_among(number, rule, matched[number], mine)
+            chosen = _sparse_among(number, rule, policy, matched[number], mine)
             assignments.append(Assignment(policy, chosen))
     assignments = [assignment for assignment in assignments if assignment.candidates]
     if not assignments:
@@ -223,14 +224,13 @@ def assign(model: nn.Module, recipe: Recipe) -> list[Assignment]:
     return assignments
 
 
-def _nothing_left(policy: Policy, candidates: list[Candidate]) -> str:
-    weights = [c.name for c in candidates if c.is_weight]
-    if not weights:
-        why = "the model has no Linear or Conv weight"
-    elif all(not c.param.requires_grad for c in candidates if c.is_weight):
-        why = "all Linear and Conv weights are frozen (requires_grad is False)"
+def _nothing_left(policy: Policy, taken: list[Candidate]) -> str:
+    if not taken:
+        why = f"the model has no {policy.of}"
+    elif all(not c.param.requires_grad for c in taken):
+        why = f"all {policy.of}s are frozen (requires_grad is False)"
     else:
-        why = f"rules claim all Linear and Conv weights ({', '.join(weights[:3])}, ...)"
+        why = f"rules claim all {policy.of}s ({', '.join(c.name for c in taken[:3])}, ...)"
     return f"the recipe's policy {policy.kind!r} makes nothing sparse: {why}"
 
 
@@ -253,18 +253,20 @@ def _policy_of(rule: Rule, recipe: Recipe) -> Policy | None:
 
 
 def _sparse_among(
-    number: int, rule: Rule, matched: list[Candidate], mine: list[Candidate]
+    number: int, rule: Rule, policy: Policy, matched: list[Candidate], mine: list[Candidate]
 ) -> list[Candidate]:
     """The tensors that a rule makes sparse among those that it claims."""
-    if any(c.is_weight for c in matched):
-        chosen = [c for c in mine if c.is_weight]
+    if any(policy.takes(c) for c in matched):
+        chosen = [c for c in mine if policy.takes(c)]
         if not chosen:
             raise ValueError(
-                f"rule {number} ({rule}) makes nothing sparse: earlier rules claim the weights "
-                "that it matches; move it up or take it out"
+                f"rule {number} ({rule}) makes nothing sparse: earlier rules claim the "
+                f"{policy.of}s that it matches; move it up or take it out"
             )
         return chosen
-    chosen = [c for c in mine if c.can_be_sparse]
+    chosen = [c for c in mine if policy.accepts(c)]
+    if not chosen and policy.of != Policy.of:
+        raise ValueError(f"rule {number} ({rule}) names no {policy.of}, as {mine[0].name} is none")
     if not chosen:
         raise ValueError(
             f"rule {number} ({rule}) names only tensors such as {mine[0].name}: biases and norm "

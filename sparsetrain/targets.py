@@ -65,6 +65,26 @@ class SparseTarget(ABC):
     def release(self) -> None:
         """Forget everything but the weight itself."""
 
+    # Losing slices.
+
+    def why_not_narrowed(self) -> str:
+        """Why slices cannot be taken out, as in "the weight is ..."; empty when they can."""
+        return f"held as {self.storage}"
+
+    def take(self, dim: int, keep: Tensor) -> None:
+        """Follow the parameter, of which nothing but `keep` is left along `dim`.
+
+        Where it has lost slices of several dimensions, this is called for each of them, and
+        `mask_weight` after the last one. What it holds is replaced, never written to.
+
+        Args:
+            keep: positions, int64, ascending.
+
+        Raises:
+            NotImplementedError: there is a reason in `why_not_narrowed`.
+        """
+        raise NotImplementedError(f"{self.name} is {self.why_not_narrowed()}")
+
     # Around a step. A storage that holds nothing but active weights has nothing to do here.
 
     def watch_gradient(self, wanted: bool) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
 import torch
 
-from sparsetrain.storage.bits import pack_mask
+from sparsetrain.storage.bits import pack_mask, unpack_mask
 from sparsetrain.storage.csr.target import CsrTarget
 from sparsetrain.targets import SparseTarget
 
@@ -56,6 +57,20 @@ class Tracker:
             seen = self.explored.get(target.name)
             self.explored[target.name] = _joined(target, seen)
 
+    def narrow(self, target: SparseTarget, dim: int, keep: torch.Tensor) -> None:
+        """Follow a target of which nothing but `keep` will be left along `dim`.
+
+        Its mean densities so far stay what they are; of the explored weights those stay that are
+        left.
+        """
+        share = Fraction(keep.numel(), target.shape[dim])
+        for counted in (self.idle, self.idle_with_gradient):
+            if target.name in counted:
+                counted[target.name] = round(share * counted[target.name])
+        if self.explored is not None and target.name in self.explored:
+            seen = self.explored[target.name]
+            self.explored[target.name] = _left(seen, target.shape, dim, keep.cpu())
+
     def exploration_rate(self, total: int) -> float:
         """Share of all target weights that were ever active, in [0, 1]; NaN when not tracked."""
         if self.explored is None:
@@ -89,6 +104,15 @@ def _joined(target: SparseTarget, seen: torch.Tensor | None) -> torch.Tensor:
         return seen | pack_mask(target.mask)
     joined: torch.Tensor = torch.unique(torch.cat([seen, target.active_indices()]))
     return joined
+
+
+def _left(seen: torch.Tensor, shape: tuple[int, ...], dim: int, keep: torch.Tensor) -> torch.Tensor:
+    """The explored weights among those at `keep` along `dim`, in the same form."""
+    if seen.dtype == torch.uint8:
+        return pack_mask(unpack_mask(seen, shape).index_select(dim, keep))
+    flags = torch.zeros(shape, dtype=torch.bool)
+    flags.view(-1)[seen] = True
+    return flags.index_select(dim, keep).view(-1).nonzero().view(-1)
 
 
 def _count(seen: torch.Tensor) -> int:

@@ -146,3 +146,89 @@ stacks = some.builds(
     ),
     some.booleans(),
 )
+
+
+class Attention(nn.Module):
+    """Four heads of six, in the usual style; `kind` says what is unusual."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind, width = kind, 20 if kind == "narrow" else 24
+        if kind in ("size", "narrow"):
+            self.head_dim = width // 4
+        if kind not in ("hard-coded", "size"):
+            self.num_heads = 4
+        if kind == "width":
+            self.embed_dim = width
+        if kind == "fused":
+            self.qkv = nn.Linear(24, 3 * width)
+        else:
+            self.q = nn.Linear(24, width, bias=kind != "narrow")
+            self.k, self.v = (
+                nn.Linear(24, width // 2 if kind == "grouped queries" else width) for _ in range(2)
+            )
+        if kind == "nested":
+            self.q = nn.Sequential(self.q, nn.Dropout(0.1))
+        if kind == "norm of queries":
+            self.q_norm = nn.LayerNorm(6)
+        if kind == "norm of heads":
+            self.head_norm = nn.LayerNorm(24)
+        if kind == "slopes":
+            self.register_buffer("slopes", torch.tensor([0.5, 0.25, 0.125, 0.0625]))
+        if kind == "gates":
+            self.gates = nn.Parameter(torch.rand(4, 1, 1))
+        if kind == "talking":
+            self.talk = nn.Linear(4, 4)
+        self.out = nn.Linear(width, 24)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, length, width = x.shape
+        q, k, v = self._heads(x)
+        if self.kind == "norm of queries":
+            q = self.q_norm(q)
+        if self.kind == "rotary":
+            q, k = (part + torch.cat((-part[..., 3:], part[..., :3]), -1) for part in (q, k))
+        weights = q @ k.transpose(2, 3) / q.shape[-1] ** 0.5
+        if self.kind == "slopes":
+            weights = weights + self.slopes.view(-1, 1, 1) * torch.arange(length)
+        if self.kind == "talking":
+            weights = self.talk(weights.movedim(1, -1)).movedim(-1, 1)
+        y = weights.softmax(-1) @ v
+        if self.kind == "gates":
+            y = self.gates * y
+        sizes = {"width": getattr(self, "embed_dim", -1), "width of inputs": width}
+        y = y.transpose(1, 2).reshape(batch, length, sizes.get(self.kind, -1))
+        return self.out(self.head_norm(y) if self.kind == "norm of heads" else y)
+
+    def _heads(self, x: Tensor) -> tuple[Tensor, ...]:
+        if self.kind == "fused":
+            parts = self.qkv(x).reshape(*x.shape[:2], 3, self.num_heads, -1)
+            return parts.permute(2, 0, 3, 1, 4).unbind()
+        if self.kind == "size":
+            return self._split(x, -1, self.head_dim)
+        if self.kind == "grouped queries":
+            q, k, v = self._split(x, -1, 6)
+            return q, k.repeat_interleave(2, 1), v.repeat_interleave(2, 1)
+        count = 4 if self.kind.startswith("hard-coded") else self.num_heads
+        return self._split(x, count, -1)
+
+    def _split(self, x: Tensor, *shape: int) -> tuple[Tensor, ...]:
+        shape = (*x.shape[:2], *shape)
+        return tuple(part(x).view(shape).transpose(1, 2) for part in (self.q, self.k, self.v))
+
+
+class Transformer(nn.Module):
+    """A block of such attention and an MLP between an embedding and a head."""
+
+    def __init__(self, kind: str = "usual") -> None:
+        super().__init__()
+        self.embed, self.norm = nn.Embedding(11, 24), nn.LayerNorm(24)
+        self.attention = Attention(kind)
+        self.first, self.second = nn.Linear(24, 40), nn.Linear(40, 24)
+        self.final_norm, self.head = nn.LayerNorm(24), nn.Linear(24, 3)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embed(tokens)
+        x = x + self.attention(self.norm(x))
+        x = x + self.second(torch.relu(self.first(x)))
+        return self.head(self.final_norm(x).mean(1))

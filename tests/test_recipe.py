@@ -62,6 +62,7 @@ OWN_FIELDS: dict[str, some.SearchStrategy[dict[str, Any]]] = {
     | fields({"structure": blocks}),
     "variational_dropout": fields({"threshold": shares, "local": some.booleans()}),
     "movement": fields({"mode": some.sampled_from(["top_k", "threshold"]), "structure": blocks}),
+    "slimming": fields({"strength": between}),
     "nm_sparse": fields({"n": small, "m": some.integers(8, 16), "decay": amounts}),
 }
 
@@ -73,7 +74,7 @@ def policies(draw: some.DrawFn, kind: str) -> dict[str, Any]:
     data = {"kind": kind}
     if issubclass(policy, LearnedPolicy) and kind != "movement":
         data |= draw(either | fields({"strength": amounts}))
-    elif kind != "nm_sparse":
+    elif kind not in ("nm_sparse", "slimming"):
         data |= draw(by_sparsity if kind == "gradual" else either)
     data |= draw(OWN_FIELDS.get(kind, some.just({})))
     if kind == "gradual":

@@ -2,10 +2,13 @@
 
 from sparsetrain.channels.architecture import Architecture
 from sparsetrain.channels.coupling import Coupling, couplings
+from sparsetrain.channels.discrimination import DiscriminationAware
 from sparsetrain.channels.methods import (
     ByScore,
     ChannelMethod,
     GeometricMedian,
+    LayerByLayer,
+    NetworkSlimming,
     Norm,
     RandomChannels,
     Scoring,
@@ -21,8 +24,11 @@ __all__ = [
     "ChannelMethod",
     "ChannelResult",
     "Coupling",
+    "DiscriminationAware",
     "GeometricMedian",
     "LassoChannels",
+    "LayerByLayer",
+    "NetworkSlimming",
     "Norm",
     "RandomChannels",
     "Rebuilding",

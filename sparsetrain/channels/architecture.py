@@ -10,9 +10,10 @@ from pydantic import Field, ValidationError
 from torch import nn
 from torch.nn import Parameter
 
-from sparsetrain.channels.removal import replace_data
+from sparsetrain.channels.heads import head_counts
 from sparsetrain.channels.sides import counts
 from sparsetrain.config import Config, did_you_mean
+from sparsetrain.narrowing import replace_data
 
 
 class Architecture(Config):
@@ -25,7 +26,7 @@ class Architecture(Config):
     format: Literal["sparsetrain-architecture-1"] = "sparsetrain-architecture-1"
     tensors: dict[str, tuple[int, ...]] = Field(description="name -> shape, of every tensor")
     attributes: dict[str, dict[str, Any]] = Field(
-        description="module -> attributes that count channels"
+        description="module -> attributes that count channels or heads"
     )
 
     @classmethod
@@ -34,7 +35,9 @@ class Architecture(Config):
         return cls(
             tensors={name: tuple(tensor.shape) for name, tensor in _tensors(model).items()},
             attributes={
-                name: found for name, module in model.named_modules() if (found := counts(module))
+                name: found
+                for name, module in model.named_modules()
+                if (found := counts(module) or head_counts(module))
             },
         )
 

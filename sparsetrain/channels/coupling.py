@@ -6,6 +6,7 @@ made of it here: couplings, whose channels are removed from all their layers at 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from sparsetrain.batches import called
+from sparsetrain.channels.heads import Heads, tried
 from sparsetrain.channels.sides import Role, Side, can_lose_channels, is_grouped, is_known, role_of
 from sparsetrain.curvature.evaluating import evaluating, wanting
 
@@ -34,10 +36,12 @@ class Coupling:
     Attributes:
         name: of the first layer that they come out of.
         sides: every layer that has them.
+        heads: what counts them, where a channel is an attention head.
     """
 
     name: str
     sides: tuple[Side, ...]
+    heads: Heads | None = None
 
     @property
     def channels(self) -> int:
@@ -66,7 +70,8 @@ def couplings(model: nn.Module, example_inputs: Any) -> list[Coupling]:
     """Every coupling of a model whose channels can be removed, in the order of its layers.
 
     Left out are channels that the model gives out, that no layer takes in, or that pass through a
-    layer which cannot lose them.
+    layer which cannot lose them. Where several Linear layers meet, a trial says whether channels
+    can go one by one, by whole attention heads, or not at all.
 
     Args:
         example_inputs: a tensor, a tuple of positional or a mapping of keyword arguments, for one
@@ -88,6 +93,7 @@ def couplings(model: nn.Module, example_inputs: Any) -> list[Coupling]:
         coupling = Coupling(first, sides)
         if coupling.by_role("in") and coupling.channels > 1:
             found.append(coupling)
+    found = tried(model, example_inputs, found)
     return sorted(found, key=lambda coupling: order[coupling.name])
 
 
@@ -126,10 +132,31 @@ def _traced(model: nn.Module, example_inputs: Any) -> tuple[Any, set[nn.Module]]
             # flattening, although it knows the widths of the parts.
             graph.REGISTERED_PRUNERS[graph.ops.OPTYPE.CONCAT].get_in_channels = _width_of_parts
             graph.build_dependency(model, example_inputs, forward_fn=forward, verbose=False)
+            for node in graph.module2node.values():
+                if node.type == graph.ops.OPTYPE.CONCAT and _is_rotation(node.grad_fn):
+                    _leave_in_place(node)
         finally:
             for handle in handles:
                 handle.remove()
     return graph, given_out
+
+
+def _is_rotation(concatenation: Any) -> bool:
+    """Whether parts of heads [samples, heads, tokens, positions] change places (Su et al. 2021)."""
+    shape, dim = concatenation._input_metadata[0].shape, concatenation._saved_dim
+    parts = [function for function, _ in concatenation.next_functions]
+    slices = [part for part in parts if part is not None and "Slice" in part.name()]
+    is_last = len(shape) == 4 and dim not in range(3)  # -1 is a large number here
+    return is_last and any(part._saved_dim not in range(3) for part in slices)
+
+
+def _leave_in_place(concatenation: Any) -> None:
+    """Channels keep their numbers; the graph would shift them on and on."""
+    concatenation.enable_index_mapping = False
+    around = [concatenation, *concatenation.inputs]
+    for dependency in itertools.chain.from_iterable(node.dependencies for node in around):
+        if concatenation in (dependency.source, dependency.target):
+            dependency.index_mapping[1] = None
 
 
 def _width_of_parts(concatenation: Any) -> int | None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from sparsetrain.calibration import Calibration
 from sparsetrain.candidates import find_candidates
 from sparsetrain.channels.coupling import Coupling
+from sparsetrain.channels.folding import fold, norms
 from sparsetrain.channels.sides import Side
 from sparsetrain.config import Kinded
 from sparsetrain.scores import Score
@@ -71,10 +72,19 @@ class Scoring(ChannelMethod):
     def scores(
         self, model: nn.Module, couplings: Sequence[Coupling], calibration: Calibration
     ) -> dict[str, Tensor]:
-        """Name of each coupling -> [channels].
+        """Name of each coupling -> [channels]; one that is left out keeps its channels.
 
         The model is as it was afterwards.
         """
+
+    def make_up(
+        self,
+        model: nn.Module,
+        couplings: Sequence[Coupling],
+        removed: Mapping[str, Sequence[int]],
+        example_inputs: Any,
+    ) -> None:
+        """Change what is left so that it does for what will be removed, in place."""
 
 
 class Norm(Scoring):
@@ -119,6 +129,51 @@ class RandomChannels(Scoring):
         """[channels] each."""
         generator = torch.Generator().manual_seed(calibration.seed)
         return {c.name: torch.rand(c.channels, generator=generator) for c in couplings}
+
+
+class NetworkSlimming(Scoring):
+    """Channels of all layers compete by |gamma| of the batch normalisations that they pass.
+
+    Liu et al. 2017, "Learning efficient convolutional networks through network slimming", section
+    3. Meant for networks that were trained with the policy `Slimming`. Where channels pass several
+    normalisations, |gamma| is the mean; channels that pass none stay.
+    """
+
+    kind: Literal["slimming"] = "slimming"
+    scope: ClassVar[Scope] = "global"
+    comparable: ClassVar[bool] = True
+
+    fold: Annotated[
+        bool, Field(description="add what a removed channel gives at gamma = 0 to the next biases")
+    ] = False
+
+    def scores(
+        self, model: nn.Module, couplings: Sequence[Coupling], calibration: Calibration
+    ) -> dict[str, Tensor]:
+        """[channels] each.
+
+        Raises:
+            ValueError: no channels pass a batch normalisation.
+        """
+        found = {}
+        for coupling in couplings:
+            sizes = [_of_places(s, s.module.weight.detach().abs()) for s in norms(coupling)]
+            if sizes:
+                found[coupling.name] = torch.stack(sizes).mean(0)
+        if not found:
+            raise ValueError("slimming looks at batch normalisations, and no channels pass one")
+        return found
+
+    def make_up(
+        self,
+        model: nn.Module,
+        couplings: Sequence[Coupling],
+        removed: Mapping[str, Sequence[int]],
+        example_inputs: Any,
+    ) -> None:
+        """Fold shifts, if asked to."""
+        if self.fold:
+            fold(model, couplings, removed, example_inputs)
 
 
 class ByScore(Scoring):
@@ -187,11 +242,13 @@ def _of_filters(
 
 def _added(sides: Sequence[Side], numbers: Sequence[Tensor]) -> Tensor:
     """[channels]: numbers of outputs, added up over the layers that channels come out of."""
-    each = [
-        torch.stack([values[list(places)].sum() for places in side.places])
-        for side, values in zip(sides, numbers, strict=True)
-    ]
+    each = [_of_places(side, values) for side, values in zip(sides, numbers, strict=True)]
     return torch.stack(each).sum(0)
+
+
+def _of_places(side: Side, values: Tensor) -> Tensor:
+    """[positions] -> [channels], added up."""
+    return torch.stack([values[list(places)].sum() for places in side.places])
 
 
 def _of_outputs(side: Side, values: Tensor) -> Tensor:

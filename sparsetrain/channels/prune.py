@@ -25,7 +25,7 @@ from sparsetrain.channels.methods import (
     Scoring,
     method_of,
 )
-from sparsetrain.channels.removal import remove
+from sparsetrain.channels.removal import check_optimizer, check_removal, remove
 from sparsetrain.channels.result import ChannelResult, Sizes
 from sparsetrain.cost import latency
 from sparsetrain.curvature.evaluating import evaluating
@@ -77,7 +77,8 @@ def prune(
             `dense`, the share to remove. The first that speaks of a layer counts, before `ratio`.
         calibration: batches for methods that need data, as for `st.prune`.
         loss_fn: (outputs, targets) -> scalar, for methods that need a loss.
-        optimizer: of the model, which goes on with what is left of its state; needs `in_place`.
+        optimizer: of the model, which goes on with what is left of its state, and of its masks if
+            it is a `SparseOptimizer`; needs `in_place`.
         in_place: whether the model itself shrinks; otherwise a copy does.
         measure_latency: whether the report says how long a forward pass takes.
         seed: of whatever is random.
@@ -106,6 +107,8 @@ def prune(
     given = Calibration(calibration, loss_fn, adapter, seed, progress)
     scores = chosen.scores(model, wanted, given) if isinstance(chosen, Scoring) else None
     competing = _competing(chosen, scope, scores)
+    if scores is not None:
+        wanted = [coupling for coupling in wanted if coupling.name in scores]
     plan = Plan(wanted, asked, competing, chosen.comparable, floor, round_to)
     counts = within(targets, plan, model, found, example_inputs) if targets else plan.at(0.0)
     smaller, copied = copy.deepcopy((model, found))
@@ -114,6 +117,7 @@ def prune(
     else:
         assert scores is not None
         removed = {c.name: _lowest(c, scores[c.name], counts[c.name]) for c in wanted}
+        chosen.make_up(smaller, copied, removed, example_inputs)
     removed = {name: channels for name, channels in removed.items() if channels}
     changed = copy.deepcopy(smaller.state_dict()) if in_place else {}
     remove(removed, copied, None)
@@ -121,6 +125,7 @@ def prune(
     before, after = (Sizes.of(m, example_inputs) for m in (model, smaller))
     seconds = latency([model, smaller], example_inputs) if measure_latency else None
     if in_place:
+        check_removal(model, changed, removed, found, optimizer)
         model.load_state_dict(changed)
         remove(removed, found, optimizer)
         smaller = model
@@ -164,8 +169,7 @@ def _check(model: nn.Module, optimizer: Any, in_place: bool, floor: float, round
         raise ValueError(f"round_to={round_to} must be 1 or more")
     if optimizer is not None and not in_place:
         raise ValueError("the optimizer has the parameters of the model itself: give in_place=True")
-    if hasattr(optimizer, "masks"):
-        raise ValueError("the optimizer holds masks of the model's weights: finalize() it first")
+    check_optimizer(optimizer)
     for name, module in model.named_modules():
         if parametrize.is_parametrized(module):
             raise ValueError(

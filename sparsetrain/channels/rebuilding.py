@@ -35,6 +35,11 @@ class Next(NamedTuple):
     rows: Rows
     target: Tensor  # [rows, outputs], without the bias
 
+    @classmethod
+    def of(cls, side: Side, rows: Rows, wanted: Rows) -> Next:
+        """The layer should give what it gave, and make up for what went wrong in its addend."""
+        return cls(side, rows, wanted.outputs + wanted.addend - rows.addend)
+
     def contributions(self) -> Tensor:
         """[rows, outputs, channels], with the weight as it is."""
         return self.rows.contributions(self.side.module.weight.detach(), self.side)
@@ -98,7 +103,7 @@ class Rebuilding(LayerByLayer):
             wanted = sampled_rows(
                 networks.original, sides_before, calibration, who, places=self.places
             )
-        return [Next(side, rows[side.layer], wanted[side.layer].outputs) for side in sides]
+        return [Next.of(side, rows[side.layer], wanted[side.layer]) for side in sides]
 
 
 class ThiNet(Rebuilding):
@@ -144,7 +149,8 @@ class ThiNet(Rebuilding):
 class LassoChannels(Rebuilding):
     """Channels by LASSO, then a least-squares fit of the next layer to the network as it was.
 
-    He et al. 2017, "Channel pruning for accelerating very deep neural networks", eq. 3 to 5.
+    He et al. 2017, "Channel pruning for accelerating very deep neural networks", eq. 3 to 5. Where
+    outputs are added to a shortcut, they also make up for what went wrong there (section 3.3).
     """
 
     kind: Literal["lasso"] = "lasso"

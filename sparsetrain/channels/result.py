@@ -81,7 +81,7 @@ class ChannelResult:
         table.add_row("parameters", f"{self.before.parameters:,}", f"{self.after.parameters:,}")
         table.add_row("FLOPs", f"{self.before.flops:,.0f}", f"{self.after.flops:,.0f}")
         if self.seconds:
-            table.add_row("latency [ms]", *(f"{1e3 * seconds:,.3f}" for seconds in self.seconds))
+            table.add_row("latency, ms", *(f"{1e3 * seconds:,.3f}" for seconds in self.seconds))
         return table
 
     def __str__(self) -> str:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from sparsetrain.calibration import Calibration
 from sparsetrain.candidates import Candidate, find_candidates
+from sparsetrain.channels.shortcuts import addends, inverse_scale
 from sparsetrain.channels.sides import Side
 from sparsetrain.convolution import TRANSPOSED, patches
 
@@ -20,10 +21,13 @@ class Rows(NamedTuple):
     Attributes:
         inputs: [rows, inputs, numbers of an input]: patches of a convolution, or single numbers.
         outputs: [rows, outputs], without the bias.
+        addend: [rows, outputs]: what the outputs are added to behind the layer, in its own units
+            (divided by the scale of a batch normalisation in between); 0 where they are not.
     """
 
     inputs: Tensor
     outputs: Tensor
+    addend: Tensor
 
     def contributions(self, weight: Tensor, side: Side) -> Tensor:
         """[rows, outputs, channels]: what each channel of a coupling adds to each output.
@@ -67,47 +71,62 @@ def sampled_rows(
                 "groups or is transposed; leave the channels before it out by `ratio`"
             )
     generators = {c.name: torch.Generator().manual_seed(calibration.seed) for c in candidates}
+    by_owner = {id(c.owners[0]): c.name for c in candidates}
     found: dict[str, list[Rows]] = {c.name: [] for c in candidates}
+    drawn: dict[str, _Places] = {}
 
     def see(candidate: Candidate, given: Tensor, output: Tensor) -> None:
-        module = candidate.owners[0]
-        rows = _rows(module, given, output, places, generators[candidate.name])
-        found[candidate.name].append(rows)
+        module, name = candidate.owners[0], candidate.name
+        drawn[name] = _Places.drawn(module, output, places, generators[name])
+        found[name].append(drawn[name].rows(module, given, output))
 
-    calibration.watch(model, candidates, who, see)
+    def see_addend(layer: nn.Module, addend: Tensor) -> None:
+        name = by_owner[id(layer)]
+        seen = drawn[name].of(layer, addend) * inverse_scale(model, layer)
+        found[name][-1] = found[name][-1]._replace(addend=seen)
+
+    with addends(model, [c.owners[0] for c in candidates], see_addend):
+        calibration.watch(model, candidates, who, see)
     layers = {c.name: by_module[id(c.owners[0])].layer for c in candidates}
     return {layers[name]: _joined(parts) for name, parts in found.items()}
 
 
 def _joined(parts: Sequence[Rows]) -> Rows:
-    return Rows(torch.cat([p.inputs for p in parts]), torch.cat([p.outputs for p in parts]))
+    return Rows(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
 
 
-def _rows(
-    module: Any, given: Tensor, output: Tensor, places: int, generator: torch.Generator
-) -> Rows:
-    bias = 0.0 if module.bias is None else module.bias.detach()
-    if isinstance(module, nn.Linear):
-        samples = len(given)  # what lies between samples and numbers are tokens
-        given = given.reshape(samples, -1, given.shape[-1])
-        output = output.reshape(samples, -1, output.shape[-1])
-        sample, place = _drawn(len(output), output.shape[1], places, generator)
-        return Rows(given[sample, place].unsqueeze(-1), output[sample, place] - bias)
-    size = output.shape[2:]
-    sample, place = _drawn(len(output), size.numel(), places, generator)
-    at = torch.unravel_index(place, size)
-    dims = len(size)
-    view = patches(module, given, size).permute(
-        0, *range(2 + dims, 2 + 2 * dims), *range(1, 2 + dims)
-    )
-    outputs = output.movedim(1, -1)[(sample, *at)]
-    return Rows(view[(sample, *at)].flatten(2), outputs - bias)
+class _Places(NamedTuple):
+    """Which places of which samples."""
 
+    sample: Tensor
+    place: Tensor
 
-def _drawn(
-    samples: int, positions: int, places: int, generator: torch.Generator
-) -> tuple[Tensor, Tensor]:
-    """Which places of which samples: without repeats within a sample."""
-    count = min(places, positions)
-    order = torch.rand(samples, positions, generator=generator).argsort(1)[:, :count]
-    return torch.arange(samples).repeat_interleave(count), order.reshape(-1)
+    @classmethod
+    def drawn(cls, module: Any, output: Tensor, count: int, generator: torch.Generator) -> _Places:
+        """At random, without repeats within a sample."""
+        # What lies between samples and numbers of a Linear layer are tokens.
+        sizes = output.shape[1:-1] if isinstance(module, nn.Linear) else output.shape[2:]
+        samples, positions = len(output), sizes.numel()
+        order = torch.rand(samples, positions, generator=generator).argsort(1)[:, :count]
+        return cls(torch.arange(samples).repeat_interleave(order.shape[1]), order.reshape(-1))
+
+    def of(self, module: Any, output: Tensor) -> Tensor:
+        """[rows, outputs] of something like the layer's output."""
+        last = output if isinstance(module, nn.Linear) else output.movedim(1, -1)
+        return last.reshape(len(last), -1, last.shape[-1])[self.sample, self.place]
+
+    def rows(self, module: Any, given: Tensor, output: Tensor) -> Rows:
+        """Of a call of the layer."""
+        bias = 0.0 if module.bias is None else module.bias.detach()
+        outputs = self.of(module, output) - bias
+        return Rows(self._inputs(module, given, output), outputs, torch.zeros_like(outputs))
+
+    def _inputs(self, module: Any, given: Tensor, output: Tensor) -> Tensor:
+        if isinstance(module, nn.Linear):
+            return self.of(module, given).unsqueeze(-1)
+        size = output.shape[2:]
+        dims, at = len(size), torch.unravel_index(self.place, size)
+        view = patches(module, given, size).permute(
+            0, *range(2 + dims, 2 + 2 * dims), *range(1, 2 + dims)
+        )
+        return view[(self.sample, *at)].flatten(2)

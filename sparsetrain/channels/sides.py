@@ -37,6 +37,11 @@ class Side:
         """Positions in all."""
         return sum(len(positions) for positions in self.places)
 
+    @property
+    def size(self) -> int:
+        """Positions that the layer has, those of other couplings among them; 0 if in no tensor."""
+        return next((getattr(self.module, leaf).shape[dim] for leaf, dim in self.slices()), 0)
+
     def slices(self) -> list[tuple[str, int]]:
         """(leaf, dimension) of each tensor of the module that has the channels along it."""
         return _kind(self.module).slices(self.module, self.role)

@@ -23,23 +23,30 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode with gradients enabled; each module's mode comes back at the end.
+def ordinary_attention() -> Iterator[None]:
+    """Attention goes torch's ordinary way, as in training.
 
-    Attention goes torch's ordinary way, as in training: its shortcut of evaluation mode packs
-    padded tokens into nested tensors, which hooks cannot read and which give other outputs.
+    Its shortcut of evaluation mode packs padded tokens into nested tensors, which hooks cannot read
+    and which give other outputs.
+    """
+    has_shortcut = torch.backends.mha.get_fastpath_enabled()
+    try:
+        torch.backends.mha.set_fastpath_enabled(False)
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(has_shortcut)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, ordinary attention, gradients enabled; all is as before at the end.
 
     Raises:
         ValueError: a layer mixes the samples of a batch even in evaluation mode.
     """
     _check(model)
-    has_shortcut = torch.backends.mha.get_fastpath_enabled()
-    try:
-        torch.backends.mha.set_fastpath_enabled(False)
-        with evaluation_mode(model), torch.enable_grad():
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(has_shortcut)
+    with evaluation_mode(model), ordinary_attention(), torch.enable_grad():
+        yield
 
 
 @contextmanager

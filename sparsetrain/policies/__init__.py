@@ -10,6 +10,7 @@ from sparsetrain.policies.movement import Movement
 from sparsetrain.policies.nm_sparse import NMSparse
 from sparsetrain.policies.rigl import RigL
 from sparsetrain.policies.set import SET
+from sparsetrain.policies.slimming import Slimming
 from sparsetrain.policies.snfs import SNFS
 from sparsetrain.policies.soft_threshold import SoftThreshold
 from sparsetrain.policies.static import Static
@@ -29,6 +30,7 @@ __all__ = [
     "Policy",
     "PolicyField",
     "RigL",
+    "Slimming",
     "SoftThreshold",
     "Static",
     "VariationalDropout",

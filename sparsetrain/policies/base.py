@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
@@ -15,12 +16,15 @@ from sparsetrain.allocation import (
     LayerShape,
     allocate,
 )
+from sparsetrain.candidates import Candidate
 from sparsetrain.config import AnyKind, Kinded
+from sparsetrain.policies.engine import obeys
 from sparsetrain.policies.group import TargetGroup
 from sparsetrain.schedules import UpdateSchedule
 from sparsetrain.scores import Score
 from sparsetrain.selection import select, top_k_across
 from sparsetrain.structures import NM, StructureField, Unstructured
+from sparsetrain.targets import SparseTarget
 
 
 class Policy(Kinded):
@@ -31,6 +35,8 @@ class Policy(Kinded):
     """
 
     family: ClassVar[str] = "policy"
+    #: What it makes sparse, in words.
+    of: ClassVar[str] = "Linear or Conv weight"
     #: True when an update takes the place of the gradient step (RigL).
     replaces_step: ClassVar[bool] = False
     #: True when inactive weights keep a dense, latent value that trains on (surgery, SR-STE).
@@ -68,6 +74,14 @@ class Policy(Kinded):
 
     def _needs_sparsity(self) -> bool:
         return not (self.allocation.fixes_density or isinstance(self.structure, NM))
+
+    def takes(self, candidate: Candidate) -> bool:
+        """Whether the policy is for such a tensor, when nobody names others."""
+        return candidate.is_weight
+
+    def accepts(self, candidate: Candidate) -> bool:
+        """Whether the policy can hold such a tensor, when a rule names it."""
+        return candidate.can_be_sparse
 
     def with_sparsity(self, sparsity: float) -> Policy:
         """The same policy asked for another sparsity."""
@@ -126,6 +140,28 @@ class Policy(Kinded):
 
     def finish(self, group: TargetGroup, step: int) -> None:
         """Do what is left to do before the masks become final."""
+
+    # When weights lose slices.
+
+    def narrowed(self, name: str, dim: int, keep: Tensor) -> Policy:
+        """The same policy for a weight of which nothing but `keep` is left along `dim`."""
+        return self
+
+    def after_narrowing(self, group: TargetGroup, narrowed: Sequence[SparseTarget]) -> None:
+        """Look at targets that have lost slices; their masks keep what is left of them.
+
+        This is rehearsed on copies of the targets, so an error comes before any change.
+
+        Raises:
+            ValueError: naming the layer, when the policy cannot work with what is left.
+        """
+        self.counts(group)
+        for target in narrowed:
+            if not obeys(self.structure, target.mask):
+                raise ValueError(
+                    f"what would be left of {target.name}, {tuple(target.shape)}, does not have "
+                    f"the structure {self.structure!r}"
+                )
 
 
 class DynamicPolicy(Policy):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar, Literal
 
 import torch
@@ -15,6 +16,7 @@ from sparsetrain.policies.group import TargetGroup
 from sparsetrain.schedules import EveryStepSchedule, UpdateSchedule
 from sparsetrain.selection import top_k
 from sparsetrain.storage.latent import LatentTarget
+from sparsetrain.targets import SparseTarget
 
 
 class DynamicNetworkSurgery(DynamicPolicy):
@@ -85,6 +87,11 @@ class DynamicNetworkSurgery(DynamicPolicy):
             else:
                 mask = self._by_count(target, magnitude, counts[target.name])
             group.replace_mask(target, mask)
+
+    def after_narrowing(self, group: TargetGroup, narrowed: Sequence[SparseTarget]) -> None:
+        """As the base; with `c_rate`, which allocates no counts, any shape will do."""
+        if self.c_rate is None:
+            super().after_narrowing(group, narrowed)
 
     def _by_count(self, target: LatentTarget, magnitude: Tensor, count: int) -> Tensor:
         near = 1 - self.margin

@@ -61,6 +61,17 @@ def is_unstructured(structure: Structure) -> bool:
     return isinstance(structure, Unstructured)
 
 
+def obeys(structure: Structure, mask: Tensor) -> bool:
+    """Whether a mask is made of whole units, of the same number in every group."""
+    if is_unstructured(structure):
+        return True
+    shape = tuple(mask.shape)
+    units = structure.units(mask.float()) > 0
+    in_group = units.sum(1)
+    is_whole = structure.expand(units, shape).equal(mask) and bool((in_group == in_group[0]).all())
+    return is_whole and structure.fixed_count(shape) in (None, int(mask.sum()))
+
+
 def flat_indices(mask: Tensor) -> Tensor:
     """Flat indices of True, ascending."""
     return mask.reshape(-1).nonzero().view(-1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -15,6 +16,7 @@ from sparsetrain.schedules import EveryStepSchedule, UpdateSchedule
 from sparsetrain.selection import n_m_mask
 from sparsetrain.storage.latent import LatentTarget
 from sparsetrain.structures import NM
+from sparsetrain.targets import SparseTarget
 
 
 class NMSparse(Policy):
@@ -105,3 +107,9 @@ class NMSparse(Policy):
         """Choose the n largest latent weights of every group."""
         for target in group.held_as(LatentTarget):
             group.replace_mask(target, self._mask(target.latent_weight(), target.name))
+
+    def after_narrowing(self, group: TargetGroup, narrowed: Sequence[SparseTarget]) -> None:
+        """Choose anew at once: other inputs are in a group now, and n of each have to be left."""
+        for target in narrowed:
+            if isinstance(target, LatentTarget):
+                target.replace_mask(self._mask(target.latent_weight(), target.name))

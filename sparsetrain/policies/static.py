@@ -91,6 +91,13 @@ class Static(Policy):
             return scored_masks(self, group, self.score)
         return {t.name: self._mask_of(t.name, t.shape).to(t.param.device) for t in group.to_choose}
 
+    def narrowed(self, name: str, dim: int, keep: Tensor) -> Static:
+        """The same with what is left of the mask, where it is given."""
+        if self.masks is None or name not in self.masks:
+            return self
+        left = self.masks[name].tensor().index_select(dim, keep.cpu())
+        return self.model_copy(update={"masks": self.masks | {name: PackedMask.of(left)}})
+
     def _mask_of(self, name: str, shape: tuple[int, ...]) -> Tensor:
         assert self.masks is not None
         if name not in self.masks:

@@ -30,7 +30,8 @@ class MaskAges:
     """Follows a `SparseOptimizer` and records the age of its active weights at each mask update.
 
     Keeps one int32 and one bool a weight, so it is meant for studies rather than for the largest
-    networks. `records` holds the results; `close()` stops following.
+    networks. A weight that loses channels starts over. `records` holds the results; `close()` stops
+    following.
     """
 
     def __init__(self, optimizer: SparseOptimizer) -> None:
@@ -64,7 +65,11 @@ class MaskAges:
         total, active, original = 0, 0, 0
         for name, mask in self._optimizer.masks().items():
             births = self._births[name]
-            births[mask & ~self._masks[name]] = event.step
+            if births.shape != mask.shape:  # it has lost channels, so all ages begin again
+                births = torch.full_like(mask, event.step, dtype=torch.int32)
+                self._births[name] = births
+            else:
+                births[mask & ~self._masks[name]] = event.step
             self._masks[name] = mask
             kept = births[mask]
             total += int((event.step - kept.clamp(min=0)).sum(dtype=torch.int64))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import ClassVar, Literal
 
 from torch import Tensor, nn
@@ -27,17 +28,26 @@ class BatchNormScale(Score):
         self, model: nn.Module, candidates: Sequence[Candidate], calibration: Calibration
     ) -> dict[str, Tensor]:
         """[channels], for layers that a batch normalisation follows."""
-        leaves = [module for module in model.modules() if not list(module.children())]
-        after = dict(zip(map(id, leaves), leaves[1:], strict=False))
-        found = {}
-        for candidate in candidates:
-            norm = after.get(id(candidate.owners[0]))
-            if not isinstance(norm, nn.modules.batchnorm._BatchNorm) or not norm.affine:
-                continue
-            if norm.num_features == candidate.param.shape[0]:
-                found[candidate.name] = norm.weight.detach().abs()
+        after = norms_after(model)
+        norms = {c.name: after.get(id(c.owners[0])) for c in candidates}
+        found = {
+            name: norm.weight.detach().abs()
+            for name, norm in norms.items()
+            if norm is not None and norm.affine
+        }
         if not found:
             raise ValueError(
                 "score 'batch_norm_scale' finds no layer with a batch normalisation right after it"
             )
         return found
+
+
+def norms_after(model: nn.Module) -> dict[int, nn.modules.batchnorm._BatchNorm]:
+    """Id of a layer -> the batch normalisation that is the next module and has its width."""
+    leaves = [module for module in model.modules() if not list(module.children())]
+    return {
+        id(layer): norm
+        for layer, norm in pairwise(leaves)
+        if isinstance(norm, nn.modules.batchnorm._BatchNorm)
+        and norm.num_features == getattr(layer, "out_channels", getattr(layer, "out_features", 0))
+    }

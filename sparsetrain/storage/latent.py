@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from sparsetrain.storage.kernels import read_flat, write_flat_
-from sparsetrain.storage.masked import MaskedTarget
+from sparsetrain.storage.masked import MaskedTarget, slices
 
 
 class LatentTarget(MaskedTarget):
@@ -41,6 +41,11 @@ class LatentTarget(MaskedTarget):
     def _write_exchanged(self, gone: Tensor, new: Tensor, values: Tensor | None) -> None:
         write_flat_(self._latent, gone, read_flat(self.param.detach(), gone))
         super()._write_exchanged(gone, new, read_flat(self._latent, new))
+
+    def take(self, dim: int, keep: Tensor) -> None:
+        """Follow the parameter, the latent weight too."""
+        super().take(dim, keep)
+        self._latent = slices(self._latent, dim, keep)
 
     def mask_gradient(self) -> None:
         """Leave the gradient dense: the straight-through estimate for inactive weights."""

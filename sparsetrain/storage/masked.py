@@ -128,6 +128,19 @@ class MaskedTarget(ExchangeTarget):
         write_flat_(weight, new, 0.0 if values is None else values)
         self._seen_version = self.param._version
 
+    def why_not_narrowed(self) -> str:
+        """Nothing stands against it."""
+        return ""
+
+    def take(self, dim: int, keep: Tensor) -> None:
+        """Follow the parameter, of which nothing but `keep` is left along `dim`."""
+        self._mask = slices(self._mask, dim, keep)
+        self._active = int(self._mask.sum())
+        if self._original is not None:
+            self._original = slices(self._original, dim, keep)
+        self.shape, self.numel = tuple(self._mask.shape), self._mask.numel()
+        self._sample = (0,) * self._mask.dim()
+
     def mask_gradient(self) -> None:
         """Set the gradient to 0 where inactive (also where it is NaN or infinite)."""
         grad = self.param.grad
@@ -216,6 +229,11 @@ class MaskedTarget(ExchangeTarget):
         """Forget everything but the masked weight."""
         self._original = None
         self.mask_weight()
+
+
+def slices(tensor: Tensor, dim: int, keep: Tensor) -> Tensor:
+    """A contiguous copy of the slices at `keep`, which may be on another device."""
+    return tensor.index_select(dim, keep.to(tensor.device)).contiguous()
 
 
 def check_mask_entry(name: str, shape: tuple[int, ...], entry: Mapping[str, Any]) -> None:
