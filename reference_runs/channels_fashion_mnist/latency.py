@@ -2,8 +2,8 @@
 
     python -m reference_runs.channels_fashion_mnist.latency
 
-after `run`, on a machine with nothing else to do. Writes latency.json, latency.png and its tables. One
-thread.
+after `run`, on a machine with nothing else to do. Writes latency.json, latency.png and its tables.
+Everything runs on one thread.
 """
 
 from __future__ import annotations
