@@ -29,10 +29,10 @@ class DiscriminationAware(LayerByLayer):
     """Inputs of the next layer by the gradient of a loss, each set fitted before the next joins.
 
     Zhuang et al. 2018, "Discrimination-aware channel pruning", algorithms 1 and 2. Classifiers at
-    some layers in between are trained with the network first. Then each layer begins without the
-    inputs that may go; those come back for which the gradient of (reconstruction error + loss of
-    the next classifier, or of the model behind the last) is largest. Needs batches with targets, a
-    loss of class scores, and next layers without groups.
+    some layers in between are trained with the network first, all together as in the authors' code.
+    Then each layer begins without the inputs that may go; those come back for which the gradient of
+    (reconstruction error + loss of the next classifier, or of the model behind the last) is
+    largest. Needs batches with targets, a loss of class scores, and next layers without groups.
     """
 
     kind: Literal["dcp"] = "dcp"
@@ -48,9 +48,12 @@ class DiscriminationAware(LayerByLayer):
     learning_rate: Annotated[float, Field(gt=0)] = 0.01
     tolerance: Annotated[
         float | None,
-        Field(gt=0, description="stop earlier, when a selection lowers the loss by less than this "
-              "share of what it was at first (DCP-Adapt, eq. 9)"),
-    ] = None  # fmt: skip
+        Field(
+            gt=0,
+            description="stop earlier, once a selection changes the loss by no more than this share "
+            "of what it was at first (DCP-Adapt)",
+        ),
+    ] = None
 
     def prune_layers(
         self, networks: Networks, counts: Mapping[str, int], calibration: Calibration
