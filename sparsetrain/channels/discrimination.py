@@ -50,8 +50,8 @@ class DiscriminationAware(LayerByLayer):
         float | None,
         Field(
             gt=0,
-            description="stop earlier, once a selection changes the loss by no more than this share "
-            "of what it was at first (DCP-Adapt)",
+            description="stop earlier, once a selection changes the loss by no more than this "
+            "share of what it was at first (DCP-Adapt)",
         ),
     ] = None
 
