@@ -158,7 +158,10 @@ def within(
     found: Sequence[Coupling],
     example_inputs: Any,
 ) -> Counts:
-    """The most channels whose network costs no more than its targets, by bisection of the share.
+    """The most channels whose network costs no more than its targets.
+
+    The share is found by bisection. Where several couplings lose a channel (or a multiple) at the
+    same share, the first ones keep it as long as the targets hold.
 
     Args:
         targets: attribute of `Sizes` -> share of what the network costs now, in (0, 1].
@@ -192,6 +195,11 @@ def within(
             high, best = middle, counts
         else:
             low = middle
+    more = plan.at(low)
+    for name, count in more.items():
+        candidate = {**best, name: count}
+        if candidate != best and fits(candidate):
+            best = candidate
     return best
 
 

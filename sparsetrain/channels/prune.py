@@ -67,7 +67,8 @@ def prune(
         ratio: share of channels to remove, in [0, 1): of every layer, or a mapping from globs on
             names of layers; the first that fits counts, and layers that none fits stay as they are.
         flops: instead of a ratio, the share of FLOPs that may be left, in (0, 1]: the same ratio
-            everywhere (or the same threshold), as small as will do.
+            everywhere (or the same threshold), as small as will do, but for single layers that may
+            keep one step of rounding more.
         parameters: instead of a ratio or together with `flops`, the share of parameters.
         scope: whether a layer's channels compete with each other or with those of all layers, after
             division by the mean size in their layer. None: as the method's paper has it.

@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+_LEAST = 1e-6  # of the largest variance
+
 
 def greedy_discard(contributions: Tensor, count: int) -> list[int]:
     """The inputs whose sum is smallest, taken one after the other.
@@ -65,9 +67,13 @@ def matching_pursuit(contributions: Tensor, target: Tensor, count: int) -> list[
 
 
 def solved(gram: Tensor, product: Tensor) -> Tensor:
-    """The least-squares solution of smallest norm; `gram` may be singular."""
+    """The least-squares solution of smallest norm; `gram` may be singular.
+
+    Mixtures of inputs that hardly vary are left out. They say next to nothing, and would get
+    weights so large that the network diverges when it trains on.
+    """
     values, vectors = torch.linalg.eigh(gram)
-    least = values[-1] * len(gram) * torch.finfo(gram.dtype).eps
+    least = values[-1] * _LEAST
     inverse = torch.where(values > least, 1 / values.clamp_min(least), 0.0)
     inside = vectors.T @ product
     scaled = inverse * inside if inside.dim() == 1 else inverse.unsqueeze(1) * inside

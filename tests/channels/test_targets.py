@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import math
 import time
+from fractions import Fraction
 from typing import Any
 
 import pytest
@@ -14,32 +16,55 @@ from hypothesis import strategies as some
 from torch import nn
 
 import sparsetrain as st
+from sparsetrain.channels.removal import remove
+from sparsetrain.channels.result import Sizes
+
+
+def cost_of(model: nn.Module, counts: dict[str, int], cost: str) -> float:
+    smaller = copy.deepcopy(model)
+    found = st.channels.couplings(smaller, images())
+    gone = {c.name: c.removable(range(c.channels), c.channels - counts[c.name]) for c in found}
+    remove(gone, found, None)
+    return float(getattr(Sizes.of(smaller, images()), cost))
 
 
 @settings(max_examples=25, deadline=None)
 @given(model=stacks, share=some.floats(0.2, 0.95), cost=some.sampled_from(["flops", "parameters"]))
-def test_targets_are_kept_and_one_channel_more_would_miss_them(
-    model: nn.Module, share: float, cost: str
-) -> None:
-    assume(st.channels.couplings(model, images()))
+def test_targets_against_a_scan_of_all_shares(model: nn.Module, share: float, cost: str) -> None:
+    found = st.channels.couplings(model, images())
+    assume(found)
+    allowed = share * getattr(Sizes.of(model, images()), cost)
+    steps = {Fraction(gone, c.channels) for c in found for gone in range(c.channels + 1)}
+    plans = [
+        {c.name: max(c.channels - math.floor(step * c.channels), 1) for c in found}
+        for step in sorted(steps)
+    ]
+    first = next((n for n, p in enumerate(plans) if cost_of(model, p, cost) <= allowed), None)
     options: dict[str, Any] = {cost: share, "measure_latency": False}
-    try:
-        result = st.channels.prune(model, images(), "l1", **options)
-    except ValueError as error:
-        assert "without all channels that may go" in str(error)
-        least = st.channels.prune(model, images(), "l1", 0.999, measure_latency=False)
-        assert getattr(least.after, cost) > share * getattr(least.before, cost)
+    if first is None:
+        with pytest.raises(ValueError, match="without all channels that may go"):
+            st.channels.prune(model, images(), "l1", **options)
         return
-    left = getattr(result.after, cost) / getattr(result.before, cost)
-    assert left <= share
-    # The share that goes is the least: with any smaller one that changes anything it is too much.
-    counts = {c.name: c.channels for c in st.channels.couplings(model, images())}
-    gone = {n: len(result.removed.get(n, [])) for n in counts}
-    ratio = min((gone[n] + 1) / counts[n] for n in counts) - 1e-9
-    less = max((gone[n] / counts[n] for n in counts), default=0.0) - 1e-9
-    if 0 < less < ratio:
-        more = st.channels.prune(model, images(), "l1", less, measure_latency=False)
-        assert getattr(more.after, cost) > share * getattr(more.before, cost)
+    expected = plans[first]
+    for name in expected if first else []:
+        more = {**expected, name: plans[first - 1][name]}
+        expected = more if cost_of(model, more, cost) <= allowed else expected
+    result = st.channels.prune(model, images(), "l1", **options)
+    kept = {c.name: c.channels - len(result.removed.get(c.name, [])) for c in found}
+    assert kept == expected
+
+
+def test_rounding_does_not_cost_more_than_a_step() -> None:
+    """Both layers would lose eight channels at the same ratio; the first may keep them."""
+    model = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU())
+    model.append(nn.Linear(16, 4))
+    x = torch.randn(2, 4)
+    result = st.channels.prune(model, x, "l1", parameters=0.6, round_to=8)
+    assert result.layers == {"0": (16, 16), "2": (16, 8)}
+    assert st.channels.prune(model, x, "l1", parameters=0.5, round_to=8).layers == {
+        "0": (16, 8),
+        "2": (16, 8),
+    }
 
 
 def test_both_targets_hold() -> None:
