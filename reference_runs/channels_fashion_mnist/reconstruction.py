@@ -80,7 +80,7 @@ def table_of(rows: Sequence[common.Record], ratio: float) -> str:
         for layer in layers:
             key = (layer, ratio, name)
             errors = [r["error"] for r in rows if (r["layer"], r["ratio"], r["method"]) == key]
-            cells.append(f"{common.mean(errors):.3f}")
+            cells.append(f"{common.mean(errors):.4f}")
         lines.append([METHODS[name].label, *cells])
     return common.markdown_table(["next layer", *layers], lines)
 
