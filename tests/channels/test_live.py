@@ -20,6 +20,7 @@ from torch import Tensor, nn
 import sparsetrain as st
 from sparsetrain.channels.coupling import Coupling
 from sparsetrain.channels.removal import remove
+from sparsetrain.report.ages import MaskAges
 from sparsetrain.storage.bits import unpack_mask
 
 UPDATES: dict[str, Any] = {"total_steps": 40, "update": {"every": 2}}
@@ -596,3 +597,25 @@ def test_a_target_that_cannot_says_so() -> None:
         optimizer.check_narrowing()
     with pytest.raises(NotImplementedError, match=r"0\.weight is held as learned"):
         optimizer.targets["0.weight"].take(0, torch.arange(3))
+
+
+def test_ages_begin_again_where_channels_went() -> None:
+    torch.manual_seed(0)
+    model = Residual()
+    base = torch.optim.SGD(model.parameters(), lr=0.01)
+    policy = st.SET(sparsity=0.5, total_steps=20, update={"every": 2})
+    optimizer = st.SparseOptimizer(base, model, policy)
+    ages = MaskAges(optimizer)
+
+    def train(steps: int) -> None:
+        for _ in range(steps):
+            optimizer.zero_grad()
+            model(images()).square().mean().backward()
+            optimizer.step()
+
+    train(5)
+    assert 0 < ages.records[-1].original < 1
+    st.channels.prune(model, images(), "l1", 0.5, optimizer=optimizer, in_place=True)
+    train(2)
+    assert ages.records[-1].mean_age < ages.records[-2].mean_age
+    assert ages.records[-1].original == 0  # every weight of this network lost channels

@@ -146,6 +146,15 @@ def test_rows_are_inputs_and_outputs_of_the_layer(layer: Any) -> None:
     assert len(rows.outputs.unique(dim=0)) == 20
 
 
+def test_a_fit_gives_inputs_that_hardly_vary_no_large_weights() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(200, 4, generator=generator)
+    x[:, 3] = 1e-5 * torch.randn(200, generator=generator)  # a unit that is next to dead
+    noise = 0.1 * torch.randn(200, 1, generator=generator)
+    weight, _ = least_squares(x, x[:, :3].sum(1, keepdim=True) + noise, intercept=True)
+    assert weight.abs().max() < 2
+
+
 def trained() -> tuple[nn.Module, Tensor]:
     """A network whose second layer has twenty inputs that go together."""
     torch.manual_seed(0)

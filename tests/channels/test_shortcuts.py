@@ -93,6 +93,7 @@ def test_only_sums_with_the_layer_s_output_count() -> None:
     with addends(model, layers, lambda layer, other: seen.append((names[layer], other))):
         model(X)
         _ = model.stem.weight + model.stem.weight
+        _ = model.stem(X) + torch.ones(1, 4, 1, 1)
     assert [name for name, _ in seen] == ["stem", "second.outer"]
     torch.testing.assert_close(seen[1][1], model.first(model.stem(X)))
     assert all(not module._forward_hooks for module in model.modules())

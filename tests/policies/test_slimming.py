@@ -150,21 +150,24 @@ def test_channels_of_all_layers_compete_as_they_are() -> None:
 
 
 def test_channels_that_pass_several_norms_and_those_that_pass_none() -> None:
-    class Two(nn.Module):
+    class Several(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.conv, self.first, self.second = nn.Conv2d(1, 3, 1), *map(nn.BatchNorm2d, (3, 3))
-            self.plain, self.head = nn.Conv2d(3, 5, 1), nn.Conv2d(5, 2, 1)
+            self.mid, self.third = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)
+            self.plain, self.head = nn.Conv2d(4, 5, 1), nn.Conv2d(5, 2, 1)
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.head(self.plain(self.second(self.first(self.conv(x)))))
+            x = self.second(self.first(self.conv(x)))
+            return self.head(self.plain(self.third(self.mid(x))))
 
-    model = Two()
+    model = Several()
     with torch.no_grad():
         model.first.weight.copy_(torch.tensor([1.0, -2.0, 3.0]))
-        model.second.weight.copy_(torch.tensor([7.0, 1.0, -1.0]))
-    result = st.channels.prune(model, X, "slimming", 0.34)
-    assert result.removed == {"conv": [1]} and result.layers["plain"] == (5, 5)
+        model.second.weight.copy_(torch.tensor([7.0, 1.0, -1.0]))  # means 4, 1.5 and 2
+        model.third.weight.copy_(torch.tensor([2.5, 2.6, 2.7, 1.8]))
+    result = st.channels.prune(model, X, "slimming", 0.3)
+    assert result.removed == {"conv": [1], "mid": [3]} and result.layers["plain"] == (5, 5)
     with pytest.raises(ValueError, match="no channels pass one"):
         plain = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
         st.channels.prune(plain, torch.randn(2, 3), "slimming", 0.5)
