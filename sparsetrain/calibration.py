@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from sparsetrain.batches import Adapter, Batch, read
 from sparsetrain.candidates import Candidate
-from sparsetrain.curvature.evaluating import evaluating, wanting
 from sparsetrain.curvature.losses import LossFunction, sample_losses
+from sparsetrain.evaluating import evaluating, wanting
 
 #: (candidate, input of its layer, output) of a call.
 See = Callable[[Candidate, Tensor, Tensor], None]

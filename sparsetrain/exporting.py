@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 
 from sparsetrain.batches import called
 from sparsetrain.candidates import unwrapped
-from sparsetrain.curvature.evaluating import evaluation_mode, ordinary_attention
+from sparsetrain.evaluating import evaluation_mode, ordinary_attention
 from sparsetrain.storage.csr.layers import SparseLayer
 
 #: An ONNX file is one protobuf message, which cannot be longer.

@@ -10,11 +10,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,6 +28,7 @@ from reference_runs.channels_fashion_mnist.networks import HERE, NETWORKS, built
 from reference_runs.channels_fashion_mnist.run import CUTS, FLOOR
 from reference_runs.speed.peak import peak
 from sparsetrain.report import plots
+from sparsetrain.timing import median_seconds
 
 #: Groups of networks, each a line of the plot: label of a network -> arguments of `prune`.
 GROUPS: dict[str, dict[str, dict[str, Any]]] = {
@@ -76,23 +75,6 @@ def onnx_job(model: nn.Module, x: Tensor, folder: Path) -> Callable[[], Any]:
     return lambda: session.run(None, {name: given})
 
 
-def interleaved(jobs: Sequence[Callable[[], Any]]) -> list[float]:
-    """Median seconds of each, measured in turn."""
-    calls = []
-    for job in jobs:
-        job()
-        calls.append(max(1, round(SECONDS / max(_mean(job, 1), 1e-6))))
-    times = [[_mean(j, n) for j, n in zip(jobs, calls, strict=True)] for _ in range(ROUNDS)]
-    return [statistics.median(column) for column in zip(*times, strict=True)]
-
-
-def _mean(job: Callable[[], Any], calls: int) -> float:
-    started = time.perf_counter()
-    for _ in range(calls):
-        job()
-    return (time.perf_counter() - started) / calls
-
-
 def measure(network: str) -> list[common.Record]:
     """A record a smaller network: FLOPs left, milliseconds by runtime and batch, peak memory."""
     cases = [("whole", "whole"), *((g, label) for g, labels in GROUPS.items() for label in labels)]
@@ -109,7 +91,8 @@ def measure(network: str) -> list[common.Record]:
                 "onnxruntime": [onnx_job(model, x, Path(folder)) for model, _ in models],
             }
             for runtime in RUNTIMES:
-                for record, seconds in zip(records, interleaved(jobs[runtime]), strict=True):
+                times = median_seconds(jobs[runtime], rounds=ROUNDS, seconds=SECONDS)
+                for record, seconds in zip(records, times, strict=True):
                     record[f"{runtime}, batch {batch} [ms]"] = round(1e3 * seconds, 4)
     for record in records:
         record["peak [MB]"] = _peak_of(record)

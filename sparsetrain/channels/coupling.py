@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 from sparsetrain.batches import called
 from sparsetrain.channels.heads import Heads, tried
 from sparsetrain.channels.sides import Role, Side, can_lose_channels, is_grouped, is_known, role_of
-from sparsetrain.curvature.evaluating import evaluating, wanting
+from sparsetrain.evaluating import evaluating, wanting
 
 
 class _Found(NamedTuple):

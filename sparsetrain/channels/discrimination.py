@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
+from torch.nn import Parameter
 from torch.nn import functional as F
 
-from sparsetrain.batches import Batch
 from sparsetrain.calibration import Calibration
 from sparsetrain.candidates import find_candidates
 from sparsetrain.channels.coupling import Coupling
 from sparsetrain.channels.methods import LayerByLayer, Networks
-from sparsetrain.channels.sides import Side, is_grouped
-from sparsetrain.convolution import TRANSPOSED
-from sparsetrain.curvature.evaluating import evaluating
+from sparsetrain.channels.sides import require_plain
+from sparsetrain.channels.watching import outputs_of, up_to
+from sparsetrain.evaluating import evaluating, wanting
 
 _MOMENTUM, _WEIGHT_DECAY = 0.9, 1e-4
 
@@ -69,7 +67,7 @@ class DiscriminationAware(LayerByLayer):
         calibration.require_rereadable(who)
         losing = [c for c in networks.couplings if counts.get(c.name, c.channels) < c.channels]
         for coupling in losing:
-            _check_next(coupling, who)
+            require_plain(coupling.by_role("in"), who)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(calibration.seed)
             order, classes = _order(networks.pruned, calibration, who)
@@ -143,7 +141,7 @@ class _Inputs:
         return [side.layer for side in self.sides]
 
     @property
-    def weights(self) -> list[Tensor]:
+    def weights(self) -> list[Parameter]:
         """Of each, [outputs, inputs, ...]."""
         return [side.module.weight for side in self.sides]
 
@@ -151,13 +149,13 @@ class _Inputs:
     def empty(self) -> None:
         """All weights of the channels are 0."""
         for side in self.sides:
-            side.module.weight[:, _places(side, range(self.channels))] = 0.0
+            side.module.weight[:, side.positions(range(self.channels))] = 0.0
 
     @torch.no_grad()
     def bring_back(self, channels: Sequence[int]) -> None:
         """Weights as they were at first."""
         for side, whole in zip(self.sides, self.whole, strict=True):
-            places = _places(side, channels)
+            places = side.positions(channels)
             side.module.weight[:, places] = whole[:, places]
 
 
@@ -179,7 +177,7 @@ class _Stage(NamedTuple):
     def gradient_sizes(self, method: DiscriminationAware, inputs: _Inputs) -> Tensor:
         """[channels]: Frobenius norm of the gradient of each channel's weights, absent or not."""
         sums = [torch.zeros_like(weight) for weight in inputs.weights]
-        with evaluating(self.model):
+        with evaluating(self.model), wanting(self.model, inputs.weights):
             for loss in self._losses(method, inputs):
                 for total, gradient in zip(
                     sums, torch.autograd.grad(loss, inputs.weights), strict=True
@@ -197,11 +195,11 @@ class _Stage(NamedTuple):
         trained = [*inputs.weights, *biases]
         away = sorted(set(range(inputs.channels)) - set(taken))
         optimizer = _sgd(trained, method.learning_rate)
-        with evaluating(self.model):
+        with evaluating(self.model), wanting(self.model, trained):
             for loss in self._losses(method, inputs):
                 gradients = torch.autograd.grad(loss, trained)
                 for side, gradient in zip(inputs.sides, gradients, strict=False):
-                    gradient[:, _places(side, away)] = 0.0
+                    gradient[:, side.positions(away)] = 0.0
                 for parameter, gradient in zip(trained, gradients, strict=True):
                     parameter.grad = gradient
                 optimizer.step()
@@ -212,9 +210,9 @@ class _Stage(NamedTuple):
         loss_fn = self.calibration.given(who)[1]
         for batch in self.calibration.read(self.model, who):
             with torch.no_grad(), evaluating(self.reference):
-                wanted, _ = _up_to(self.reference, batch, inputs.layers, inputs.layers)
+                wanted, _ = up_to(self.reference, batch, inputs.layers, inputs.layers)
             seen = inputs.layers if last is None else [*inputs.layers, last]
-            found, guess = _up_to(self.model, batch, seen, [] if last is None else [last])
+            found, guess = up_to(self.model, batch, seen, [] if last is None else [last])
             if last is not None:
                 guess = self.helpers[last](found[last])
             errors = [F.mse_loss(found[layer], wanted[layer]) for layer in inputs.layers]
@@ -224,47 +222,6 @@ class _Stage(NamedTuple):
         """The first classifier that sees what all these layers give."""
         last = max(self.order.index(layer) for layer in layers)
         return next((name for name in self.helpers if self.order.index(name) >= last), None)
-
-
-class _Enough(Exception):
-    """Ends a forward pass whose rest nobody looks at."""
-
-
-def _up_to(
-    model: nn.Module, batch: Batch, layers: Iterable[str], enough: Sequence[str]
-) -> tuple[dict[str, Tensor], Any]:
-    """What these layers gave, and the model's output, or None when these were enough."""
-    with outputs_of(model, layers, enough) as found:
-        try:
-            return found, batch.forward(model)
-        except _Enough:
-            return found, None
-
-
-@contextmanager
-def outputs_of(
-    model: nn.Module, layers: Iterable[str], enough: Sequence[str] = ()
-) -> Iterator[dict[str, Tensor]]:
-    """Name -> what these layers gave when they were called last.
-
-    Args:
-        enough: layers after all of which the pass ends by `_Enough`.
-    """
-    found: dict[str, Tensor] = {}
-
-    def keep(name: str, module: nn.Module, args: Any, output: Tensor) -> None:
-        found[name] = output
-        if enough and all(layer in found for layer in enough):
-            raise _Enough
-
-    handles = [
-        model.get_submodule(name).register_forward_hook(partial(keep, name)) for name in {*layers}
-    ]
-    try:
-        yield found
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _order(model: nn.Module, calibration: Calibration, who: str) -> tuple[list[str], int]:
@@ -294,20 +251,6 @@ def _classifier(layer: Any, classes: int) -> nn.Module:
     return nn.Sequential(
         norm(width, **like), nn.ReLU(), _Pooled(), nn.Linear(width, classes, **like)
     )
-
-
-def _check_next(coupling: Coupling, who: str) -> None:
-    for side in coupling.by_role("in"):
-        if is_grouped(side.module) or isinstance(side.module, TRANSPOSED):
-            raise ValueError(
-                f"{who} takes the inputs of the next layer one by one, which cannot be done for "
-                f"{side.layer}: it has groups or is transposed; leave the channels before it out "
-                "by a rule"
-            )
-
-
-def _places(side: Side, channels: Iterable[int]) -> list[int]:
-    return [place for channel in channels for place in side.places[channel]]
 
 
 def _sgd(parameters: Sequence[Tensor], rate: float) -> torch.optim.SGD:

@@ -13,7 +13,7 @@ from sparsetrain.batches import called
 from sparsetrain.channels.coupling import Coupling
 from sparsetrain.channels.sides import Side
 from sparsetrain.convolution import CONVOLUTIONS
-from sparsetrain.curvature.evaluating import evaluation_mode
+from sparsetrain.evaluating import evaluation_mode
 from sparsetrain.scores.batch_norm_scale import norms_after
 
 

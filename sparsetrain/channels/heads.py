@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 from sparsetrain.batches import called
 from sparsetrain.channels.removal import remove
 from sparsetrain.channels.sides import Side
-from sparsetrain.curvature.evaluating import evaluating
+from sparsetrain.evaluating import evaluating
 
 if TYPE_CHECKING:
     from sparsetrain.channels.coupling import Coupling

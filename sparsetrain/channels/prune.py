@@ -28,8 +28,8 @@ from sparsetrain.channels.methods import (
 from sparsetrain.channels.removal import check_optimizer, check_removal, remove
 from sparsetrain.channels.result import ChannelResult, Sizes
 from sparsetrain.cost import latency
-from sparsetrain.curvature.evaluating import evaluating
 from sparsetrain.curvature.losses import LossFunction
+from sparsetrain.evaluating import evaluating
 from sparsetrain.recipe import Rule
 from sparsetrain.scores import Score
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from sparsetrain.calibration import Calibration
 from sparsetrain.candidates import Candidate, find_candidates
 from sparsetrain.channels.shortcuts import addends, inverse_scale
-from sparsetrain.channels.sides import Side
-from sparsetrain.convolution import TRANSPOSED, patches
+from sparsetrain.channels.sides import Side, require_plain
+from sparsetrain.convolution import patches
 
 
 class Rows(NamedTuple):
@@ -64,12 +64,7 @@ def sampled_rows(
         for c in find_candidates(model)
         if c.is_product and any(id(owner) in by_module for owner in c.owners)
     ]
-    for side in sides:
-        if getattr(side.module, "groups", 1) > 1 or isinstance(side.module, TRANSPOSED):
-            raise ValueError(
-                f"{who} takes the next layer apart, which cannot be done for {side.layer}: it has "
-                "groups or is transposed; leave the channels before it out by `ratio`"
-            )
+    require_plain(sides, who)
     generators = {c.name: torch.Generator().manual_seed(calibration.seed) for c in candidates}
     by_owner = {id(c.owners[0]): c.name for c in candidates}
     found: dict[str, list[Rows]] = {c.name: [] for c in candidates}

@@ -90,6 +90,16 @@ def can_lose_channels(module: Any) -> bool:
     return is_known(module) and not (isinstance(module, nn.GroupNorm) and not module.affine)
 
 
+def require_plain(sides: Sequence[Side], who: str) -> None:
+    """Raise ValueError unless inputs of these layers can be told apart in their weights."""
+    for side in sides:
+        if is_grouped(side.module) or isinstance(side.module, TRANSPOSED):
+            raise ValueError(
+                f"{who} takes the next layer apart, which cannot be done for {side.layer}: it has "
+                "groups or is transposed; leave the channels before it out by a rule"
+            )
+
+
 def role_of(module: nn.Module, is_out: bool) -> Role:
     """The role of a layer for channels on one side of it."""
     is_product = isinstance(module, (nn.Linear, *CONVOLUTIONS, *TRANSPOSED))

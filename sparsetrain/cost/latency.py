@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import nn
 
 from sparsetrain.batches import called
-from sparsetrain.curvature.evaluating import evaluation_mode
+from sparsetrain.evaluating import evaluation_mode
+from sparsetrain.timing import median_seconds
 
 
 def latency(
     models: Sequence[nn.Module], example_inputs: Any, *, rounds: int = 7, seconds: float = 0.005
 ) -> tuple[float, ...]:
-    """Seconds of a forward pass of each model, measured in turn, so that a busy machine hits all.
+    """Seconds of a forward pass of each model, measured in turn.
 
     Evaluation mode without gradients, on as many threads as torch has.
 
@@ -27,29 +27,18 @@ def latency(
         seconds: that a round of a model takes at least; fast models run several times.
     """
     jobs = [_job(model, example_inputs) for model in models]
-    for job in jobs:  # the first call allocates
-        job()
-    calls = [max(1, round(seconds / max(job(), 1e-7))) for job in jobs]
-    times = [[_mean(job, n) for job, n in zip(jobs, calls, strict=True)] for _ in range(rounds)]
-    return tuple(statistics.median(column) for column in zip(*times, strict=True))
+    with ExitStack() as modes, torch.no_grad():
+        for model in models:
+            modes.enter_context(evaluation_mode(model))
+        return tuple(median_seconds(jobs, rounds=rounds, seconds=seconds))
 
 
-def _mean(job: Callable[[], float], calls: int) -> float:
-    return statistics.fmean(job() for _ in range(calls))
+def _job(model: nn.Module, example_inputs: Any) -> Callable[[], None]:
+    on_gpu = any(parameter.is_cuda for parameter in model.parameters())
 
-
-def _job(model: nn.Module, example_inputs: Any) -> Callable[[], float]:
-    def run() -> float:
-        with evaluation_mode(model), torch.no_grad():
-            _synchronise(model)
-            started = time.perf_counter()
-            called(model, example_inputs)
-            _synchronise(model)
-            return time.perf_counter() - started
+    def run() -> None:
+        called(model, example_inputs)
+        if on_gpu:
+            torch.cuda.synchronize()
 
     return run
-
-
-def _synchronise(model: nn.Module) -> None:
-    if any(parameter.is_cuda for parameter in model.parameters()):
-        torch.cuda.synchronize()

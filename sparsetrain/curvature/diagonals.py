@@ -23,10 +23,10 @@ from sparsetrain.candidates import unwrapped
 from sparsetrain.config import did_you_mean
 from sparsetrain.curvature import layers, vmapped
 from sparsetrain.curvature.attention import Attentions
-from sparsetrain.curvature.evaluating import evaluating, wanting
 from sparsetrain.curvature.graph import uses_of_parameters
 from sparsetrain.curvature.losses import LossFunction, sample_losses
 from sparsetrain.curvature.recording import Recording, Sums
+from sparsetrain.evaluating import evaluating, wanting
 
 Method = Literal["auto", "vmap", "loop"]
 #: Numbers that per-sample gradients may take at a time.

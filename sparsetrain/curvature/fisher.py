@@ -19,8 +19,8 @@ from sparsetrain.curvature.diagonals import (
     chosen_parameters,
     mean_squares,
 )
-from sparsetrain.curvature.evaluating import evaluating, wanting
 from sparsetrain.curvature.losses import LossFunction, sampled_labels
+from sparsetrain.evaluating import evaluating, wanting
 
 Labels = Literal["data", "model"]
 

@@ -13,8 +13,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from sparsetrain.batches import Adapter, read
 from sparsetrain.candidates import unwrapped
 from sparsetrain.curvature.diagonals import Diagonal, chosen_parameters
-from sparsetrain.curvature.evaluating import evaluating, wanting
 from sparsetrain.curvature.losses import LossFunction, sample_losses
+from sparsetrain.evaluating import evaluating, wanting
 
 Estimate = Literal["exact", "hutchinson"]
 

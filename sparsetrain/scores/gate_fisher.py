@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from sparsetrain.calibration import Calibration, require_reached, watched
 from sparsetrain.candidates import Candidate
-from sparsetrain.curvature.evaluating import evaluating
+from sparsetrain.evaluating import evaluating
 from sparsetrain.scores.activation import channels_second
 from sparsetrain.scores.base import Needs, Score
 

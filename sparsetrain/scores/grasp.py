@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sparsetrain.calibration import Calibration
 from sparsetrain.candidates import Candidate
-from sparsetrain.curvature.evaluating import evaluating, wanting
+from sparsetrain.evaluating import evaluating, wanting
 from sparsetrain.scores.base import Needs, Scope, Score
 
 

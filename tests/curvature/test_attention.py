@@ -16,7 +16,7 @@ from sparsetrain.batches import Batch
 from sparsetrain.curvature import diagonals, fisher_diagonal
 from sparsetrain.curvature.attention import Attentions
 from sparsetrain.curvature.diagonals import Pass
-from sparsetrain.curvature.evaluating import evaluating
+from sparsetrain.evaluating import evaluating
 
 SAMPLES, TOKENS, WIDTH, HEADS = 6, 5, 8, 2
 CAUSAL = torch.ones(TOKENS, TOKENS, dtype=torch.bool).triu(1)

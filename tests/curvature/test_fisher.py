@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from sparsetrain.batches import Batch
 from sparsetrain.curvature import diagonals, fisher_diagonal, layers, per_sample_gradients
-from sparsetrain.curvature.evaluating import evaluating
+from sparsetrain.evaluating import evaluating
 
 pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop")
 each_case = pytest.mark.parametrize("name", CASES)

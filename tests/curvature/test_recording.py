@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from sparsetrain.batches import Batch
-from sparsetrain.curvature.evaluating import wanting
 from sparsetrain.curvature.recording import Recording
+from sparsetrain.evaluating import wanting
 
 
 class TwoHeads(nn.Module):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -11,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsetrain.storage.csr.convert import sparsify
+from sparsetrain.timing import median_seconds
 
 _ROUNDS = 7
 _SECONDS = 0.003  # of a round, at least
@@ -38,11 +37,8 @@ def measure(layer: nn.Module, density: float, input_shape: tuple[int, ...]) -> T
         mask.view(-1)[0] = True
         x = torch.randn(input_shape, dtype=weight.dtype, requires_grad=True)
     jobs = [_training_step(dense, x), _training_step(sparsify(sparse, mask), x)]
-    for job in jobs:  # the first call may compile
-        job()
-    calls = [max(1, round(_SECONDS / max(_seconds(job, 1), 1e-6))) for job in jobs]
-    times = [[_seconds(j, n) for j, n in zip(jobs, calls, strict=True)] for _ in range(_ROUNDS)]
-    return Timing(*(1e3 * statistics.median(column) for column in zip(*times, strict=True)))
+    times = median_seconds(jobs, rounds=_ROUNDS, seconds=_SECONDS)
+    return Timing(*(1e3 * seconds for seconds in times))
 
 
 def _training_step(layer: nn.Module, x: Tensor) -> Callable[[], None]:
@@ -77,10 +73,3 @@ def _like(layer: nn.Module) -> nn.Module:
         )
     assert isinstance(layer, nn.Linear)
     return nn.Linear(layer.in_features, layer.out_features, bias, dtype=weight.dtype)
-
-
-def _seconds(job: Callable[[], None], calls: int) -> float:
-    started = time.perf_counter()
-    for _ in range(calls):
-        job()
-    return (time.perf_counter() - started) / calls

@@ -1,4 +1,4 @@
-"""The model as curvature wants it, and as it was afterwards."""
+"""A model as it is measured, and as it was afterwards."""
 
 from __future__ import annotations
 
