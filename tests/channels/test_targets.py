@@ -50,8 +50,11 @@ def test_targets_against_a_scan_of_all_shares(model: nn.Module, share: float, co
         more = {**expected, name: plans[first - 1][name]}
         expected = more if cost_of(model, more, cost) <= allowed else expected
     result = st.channels.prune(model, images(), "l1", **options)
-    kept = {c.name: c.channels - len(result.removed.get(c.name, [])) for c in found}
-    assert kept == expected
+    # Two branches side by side keep a channel each, whatever is asked of both together.
+    gone = {
+        c.name: len(c.removable(range(c.channels), c.channels - expected[c.name])) for c in found
+    }
+    assert {name: len(result.removed.get(name, [])) for name in gone} == gone
 
 
 def test_rounding_does_not_cost_more_than_a_step() -> None:
