@@ -179,6 +179,14 @@ def _clock(started: float) -> str:
     return f"{minutes:3d}:{seconds:02d}"
 
 
+def save_weights(model: torch.nn.Module, path: Path) -> None:
+    """Write a model's state dict, whole or not at all."""
+    path.parent.mkdir(exist_ok=True)
+    partial = path.with_name(f"{path.name}.{os.getpid()}")
+    torch.save(model.state_dict(), partial)
+    os.replace(partial, path)
+
+
 # What the results depend on.
 
 

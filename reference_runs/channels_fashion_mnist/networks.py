@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import sparsetrain as st
+from reference_runs import _common as common
 from sparsetrain.workbench import Dataset, Trainer, load
 from sparsetrain.workbench.networks import ResidualBlock
 from sparsetrain.workbench.training import EpochRecord
@@ -131,8 +131,5 @@ def trained(
     for record in begin(model, optimizer, steps, seed).run(steps):
         if on_epoch is not None:
             on_epoch(record)
-    path.parent.mkdir(exist_ok=True)
-    partial = path.with_name(f"{path.name}.{os.getpid()}")
-    torch.save(model.state_dict(), partial)
-    os.replace(partial, path)
+    common.save_weights(model, path)
     return model

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from reference_runs import _common as common
 from sparsetrain.workbench import Dataset, Trainer, build, load
 from sparsetrain.workbench.training import EpochRecord
 
@@ -105,8 +105,5 @@ def trained(
     for record in trainer.run(chosen.epochs * trainer.steps_per_epoch):
         if on_epoch is not None:
             on_epoch(record)
-    path.parent.mkdir(exist_ok=True)
-    partial = path.with_name(f"{path.name}.{os.getpid()}")
-    torch.save(model.state_dict(), partial)
-    os.replace(partial, path)
+    common.save_weights(model, path)
     return model
