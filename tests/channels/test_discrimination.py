@@ -95,6 +95,14 @@ def test_against_a_slow_twin() -> None:
     assert all(p.grad is None for p in result.model.parameters())
 
 
+def test_frozen_layers_are_fitted_as_others_and_stay_frozen() -> None:
+    method = DiscriminationAware(losses=0, passes=0)
+    expected = pruned(chain(), method).model
+    model = pruned(chain().requires_grad_(False), method).model
+    torch.testing.assert_close(model.state_dict(), expected.state_dict())
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
 def test_a_channel_that_the_loss_needs_stays() -> None:
     """Its reconstruction error is small beside the others', but classes depend on it alone."""
     torch.manual_seed(0)
