@@ -85,7 +85,10 @@ class DiscriminationAware(LayerByLayer):
         chosen = [order[len(order) * n // (self.losses + 1)] for n in range(1, self.losses + 1)]
         helpers = {name: _classifier(model.get_submodule(name), classes) for name in chosen}
         parts = nn.ModuleList([model, *helpers.values()])
-        optimizer = _sgd([p for p in parts.parameters() if p.requires_grad], self.learning_rate)
+        trained = [p for p in parts.parameters() if p.requires_grad]
+        if not trained:
+            return helpers
+        optimizer = _sgd(trained, self.learning_rate)
         modes = [(module, module.training) for module in model.modules()]
         parts.train()
         for _ in range(self.passes):
