@@ -9,6 +9,15 @@ from sparsetrain.allocation import (
     Uniform,
     UniformFirstDense,
 )
+from sparsetrain.cost.targets import (
+    CompressionRate,
+    CostTarget,
+    Energy,
+    Flops,
+    Latency,
+    ModelBytes,
+    Parameters,
+)
 from sparsetrain.exporting import OnnxResult, export_onnx
 from sparsetrain.optimizer import SparseOptimizer
 from sparsetrain.policies import (
@@ -77,12 +86,16 @@ __all__ = [
     "ActivationVariance",
     "BatchNormScale",
     "Block",
+    "CompressionRate",
     "ConstantFanIn",
+    "CostTarget",
     "DynamicNetworkSurgery",
+    "Energy",
     "ErdosRenyi",
     "ErdosRenyiKernel",
     "Explicit",
     "Fisher",
+    "Flops",
     "GateFisher",
     "Global",
     "GraSP",
@@ -91,8 +104,10 @@ __all__ = [
     "GumbelSoftmax",
     "HardConcrete",
     "IterativeResult",
+    "Latency",
     "LayerChange",
     "Magnitude",
+    "ModelBytes",
     "Momentum",
     "Movement",
     "MovementScore",
@@ -100,6 +115,7 @@ __all__ = [
     "OnnxResult",
     "OptimalBrainDamage",
     "OptimalBrainSurgeon",
+    "Parameters",
     "Policy",
     "PruneResult",
     "Random",

@@ -14,8 +14,10 @@ from torch import Tensor, nn
 from sparsetrain.candidates import Candidate, find_candidates
 from sparsetrain.channels.coupling import Coupling
 from sparsetrain.channels.removal import remove
-from sparsetrain.channels.result import Sizes
+from sparsetrain.channels.resizing import resized
 from sparsetrain.config import did_you_mean
+from sparsetrain.cost.layers import LayerUse, layers_used
+from sparsetrain.cost.targets import CostTarget
 from sparsetrain.recipe import Rule
 
 #: Share of channels to remove: of every layer, or by glob on the names of layers.
@@ -152,7 +154,7 @@ class Plan:
 
 
 def within(
-    targets: Mapping[str, float],
+    targets: Sequence[CostTarget],
     plan: Plan,
     model: nn.Module,
     found: Sequence[Coupling],
@@ -164,26 +166,21 @@ def within(
     same share, the first ones keep it as long as the targets hold.
 
     Args:
-        targets: attribute of `Sizes` -> share of what the network costs now, in (0, 1].
+        targets: what the network may cost.
         plan: counts for a share to remove.
 
     Raises:
         ValueError: not even the largest share is enough; says how far it goes.
     """
-    before = Sizes.of(model, example_inputs)
-
-    def shares_left(counts: Counts) -> dict[str, float]:
-        sizes = Sizes.of(_cut(model, found, counts), example_inputs)
-        return {name: getattr(sizes, name) / getattr(before, name) for name in targets}
+    bounds = [Bound.of(target, model, found, example_inputs) for target in targets]
 
     def fits(counts: Counts) -> bool:
-        left = shares_left(counts)
-        return all(left[name] <= share for name, share in targets.items())
+        return all(bound.holds(counts) for bound in bounds)
 
     low, high = 0.0, 1.0 - 2.0**-_BISECTIONS
     best = plan.at(high)
     if not fits(best):
-        left = ", ".join(f"{name}={share:.3f}" for name, share in shares_left(best).items())
+        left = ", ".join(bound.described(best) for bound in bounds)
         raise ValueError(
             f"without all channels that may go there is still {left}: ask for more than that, or "
             "let more channels go ('floor', 'round_to', 'rules')"
@@ -201,6 +198,44 @@ def within(
         if candidate != best and fits(candidate):
             best = candidate
     return best
+
+
+@dataclass(frozen=True)
+class Bound:
+    """A target for one network: what it costs with any counts, and the most that it may cost."""
+
+    target: CostTarget
+    model: nn.Module
+    couplings: Sequence[Coupling]
+    example_inputs: Any
+    layers: Sequence[LayerUse]
+    whole: float
+
+    @classmethod
+    def of(
+        cls, target: CostTarget, model: nn.Module, found: Sequence[Coupling], example_inputs: Any
+    ) -> Bound:
+        """Look at the network as it is."""
+        target = target.prepared(model, example_inputs)
+        layers = layers_used(model, example_inputs)
+        whole = target.whole(model, example_inputs)
+        return cls(target, model, found, example_inputs, layers, whole)
+
+    def cost(self, counts: Counts) -> float:
+        """What the network costs with as many channels."""
+        cost = self.target.of_layers(resized(self.layers, self.couplings, counts))
+        if cost is None:
+            smaller = _cut(self.model, self.couplings, counts)
+            cost = self.target.of_model(smaller, self.example_inputs)
+        return cost
+
+    def holds(self, counts: Counts) -> bool:
+        """Whether it may cost that."""
+        return self.target.holds(self.cost(counts), self.target.allowed(self.whole))
+
+    def described(self, counts: Counts) -> str:
+        """The cost in words."""
+        return f"{self.target.kind}={self.cost(counts) / self.whole:.3f}"
 
 
 def _cut(model: nn.Module, found: Sequence[Coupling], counts: Counts) -> nn.Module:

@@ -17,10 +17,10 @@ from sparsetrain.calibration import Calibration
 from sparsetrain.candidates import unwrapped
 from sparsetrain.channels.counts import Plan, Ratio, shares, within
 from sparsetrain.channels.coupling import Coupling, couplings
+from sparsetrain.channels.cutting import Cutter
 from sparsetrain.channels.methods import (
     ChannelMethod,
     LayerByLayer,
-    Networks,
     Scope,
     Scoring,
     method_of,
@@ -28,6 +28,7 @@ from sparsetrain.channels.methods import (
 from sparsetrain.channels.removal import check_optimizer, check_removal, remove
 from sparsetrain.channels.result import ChannelResult, Sizes
 from sparsetrain.cost import latency
+from sparsetrain.cost.targets import CostTarget, Flops, Parameters, target_of
 from sparsetrain.curvature.losses import LossFunction
 from sparsetrain.evaluating import evaluating
 from sparsetrain.recipe import Rule
@@ -40,6 +41,7 @@ def prune(
     method: ChannelMethod | Score | str | Mapping[str, Any] = "l1",
     ratio: Ratio | None = None,
     *,
+    target: CostTarget | Mapping[str, Any] | None = None,
     flops: float | None = None,
     parameters: float | None = None,
     scope: Scope | None = None,
@@ -66,10 +68,11 @@ def prune(
         method: a method or its name, "l1" or "l2"; or a score or its name.
         ratio: share of channels to remove, in [0, 1): of every layer, or a mapping from globs on
             names of layers; the first that fits counts, and layers that none fits stay as they are.
-        flops: instead of a ratio, the share of FLOPs that may be left, in (0, 1]: the same ratio
-            everywhere (or the same threshold), as small as will do, but for single layers that may
-            keep one step of rounding more.
-        parameters: instead of a ratio or together with `flops`, the share of parameters.
+        target: instead of a ratio, what the smaller network may cost, such as `st.Flops(0.5)` or
+            `st.ModelBytes("2MB")`: the same ratio everywhere (or the same threshold), as small as
+            will do, but for single layers that may keep one step of rounding more.
+        flops: short for `st.Flops(...)`; may be combined with the other targets.
+        parameters: short for `st.Parameters(...)`.
         scope: whether a layer's channels compete with each other or with those of all layers, after
             division by the mean size in their layer. None: as the method's paper has it.
         floor: share of its channels that every layer keeps at least, in [0, 1).
@@ -99,29 +102,23 @@ def prune(
     found = couplings(model, example_inputs)
     if not found:
         raise ValueError("the model has no channels that could be removed")
-    targets = _targets(ratio, flops=flops, parameters=parameters)
+    targets = _targets(ratio, target, flops, parameters)
     if ratio is None and not targets:
         ratio = 0.5
     asked = shares(ratio, rules, model, found)
     wanted = [coupling for coupling in found if coupling.name in asked]
     chosen = method_of(method)
     given = Calibration(calibration, loss_fn, adapter, seed, progress)
-    scores = chosen.scores(model, wanted, given) if isinstance(chosen, Scoring) else None
-    competing = _competing(chosen, scope, scores)
-    if scores is not None:
-        wanted = [coupling for coupling in wanted if coupling.name in scores]
+    cutter = Cutter.of(model, example_inputs, found, wanted, chosen, given)
+    if cutter.scores is not None:
+        wanted = [coupling for coupling in wanted if coupling.name in cutter.scores]
+    competing = _competing(chosen, scope, cutter.scores)
     plan = Plan(wanted, asked, competing, chosen.comparable, floor, round_to)
     counts = within(targets, plan, model, found, example_inputs) if targets else plan.at(0.0)
-    smaller, copied = copy.deepcopy((model, found))
-    if isinstance(chosen, LayerByLayer):
-        removed = chosen.prune_layers(Networks(smaller, copied, model, found), counts, given)
-    else:
-        assert scores is not None
-        removed = {c.name: _lowest(c, scores[c.name], counts[c.name]) for c in wanted}
-        chosen.make_up(smaller, copied, removed, example_inputs)
-    removed = {name: channels for name, channels in removed.items() if channels}
+    cut = cutter.cut(counts)
+    smaller, removed = cut.model, cut.removed
     changed = copy.deepcopy(smaller.state_dict()) if in_place else {}
-    remove(removed, copied, None)
+    cut.finish()
     _check_same_outputs(model, smaller, example_inputs)
     before, after = (Sizes.of(m, example_inputs) for m in (model, smaller))
     seconds = latency([model, smaller], example_inputs) if measure_latency else None
@@ -134,19 +131,27 @@ def prune(
     return ChannelResult(smaller, layers, removed, before, after, seconds)
 
 
-def _targets(ratio: Ratio | None, **targets: float | None) -> dict[str, float]:
-    given = {name: share for name, share in targets.items() if share is not None}
-    for name, share in given.items():
-        if not 0 < share <= 1:
+def _targets(
+    ratio: Ratio | None,
+    target: CostTarget | Mapping[str, Any] | None,
+    flops: float | None,
+    parameters: float | None,
+) -> list[CostTarget]:
+    short = {"flops": flops, "parameters": parameters}
+    for name, share in short.items():
+        if share is not None and not 0 < share <= 1:
             raise ValueError(f"{name}={share} must be the share that may be left, in (0, 1]")
+    given = [] if target is None else [target_of(target)]
+    given += [] if flops is None else [Flops(flops)]
+    given += [] if parameters is None else [Parameters(parameters)]
     if given and ratio is not None:
-        raise ValueError(f"give either a ratio or {' and '.join(given)}")
+        raise ValueError(f"give either a ratio or {' and '.join(t.kind for t in given)}")
     return given
 
 
 def _competing(
-    method: Scoring | LayerByLayer, scope: Scope | None, scores: dict[str, Tensor] | None
-) -> dict[str, Tensor] | None:
+    method: Scoring | LayerByLayer, scope: Scope | None, scores: Mapping[str, Tensor] | None
+) -> Mapping[str, Tensor] | None:
     """The scores, if the channels of all layers compete."""
     if scope not in (None, "layer", "global"):
         raise ValueError(f"scope={scope!r} is not one of 'layer', 'global'")
@@ -176,11 +181,6 @@ def _check(model: nn.Module, optimizer: Any, in_place: bool, floor: float, round
             raise ValueError(
                 f"{name} is behind a parametrization: finalize() the optimizer or remove it first"
             )
-
-
-def _lowest(coupling: Coupling, scores: Tensor, keep: int) -> list[int]:
-    """The channels to remove, ascending."""
-    return coupling.removable(scores.argsort(stable=True).tolist(), coupling.channels - keep)
 
 
 def _check_same_outputs(model: nn.Module, smaller: nn.Module, example_inputs: Any) -> None:

@@ -15,6 +15,7 @@ from sparsetrain.allocation import Explicit
 from sparsetrain.batches import Adapter
 from sparsetrain.candidates import choose, unwrapped
 from sparsetrain.curvature.losses import LossFunction
+from sparsetrain.finetuning.finetune import Finetune
 from sparsetrain.pruning.controls import fresh_copy, random_masks
 from sparsetrain.pruning.one_shot import prune
 from sparsetrain.pruning.result import PruneResult
@@ -42,6 +43,7 @@ def prune_iteratively(
     rounds: int,
     rate: Rate = 0.2,
     rewind_to: int | None = None,
+    finetune: Finetune | None = None,
     controls: Sequence[Control] = (),
     trained: bool = False,
     folder: Path | str | None = None,
@@ -69,6 +71,8 @@ def prune_iteratively(
             glob over names of weights, the first that matches (the paper takes half the rate for
             the last layer).
         rewind_to: the step; None for no rewinding.
+        finetune: learning rates and number of steps of the rounds after the first, for `run.steps`
+            and `run.schedule`; None trains each round like the first.
         controls: runs beside each pruned one: "fresh" with the same masks and new initial weights,
             from step 0; "random" with masks of the same counts at random places in each layer.
         trained: whether the model is trained already, so that it is pruned before the first run.
@@ -85,19 +89,21 @@ def prune_iteratively(
     """
     model, chosen = unwrapped(model), Score.build(score)
     masks = {c.name: c.param.detach() != 0 for c in choose(model, match)}
-    _check(rounds, rate, rewind_to, controls, trained, scope)
+    _check(rounds, rate, rewind_to, finetune, controls, trained, scope)
     if "fresh" in controls:
         fresh_copy(model, seed)  # raises if that cannot be done
     settings = {
         "score": chosen.model_dump(mode="json"),
         "rate": rate if isinstance(rate, float) else dict(rate),
         "rewind_to": rewind_to,
+        "finetune": None if finetune is None else finetune.model_dump(mode="json"),
         "trained": trained,
         "scope": scope,
         "seed": seed,
         "weights": {name: list(mask.shape) for name, mask in masks.items()},
     }
-    series = _Series(train_fn, model, RoundStore(folder, settings), rewind_to, seed)
+    store = RoundStore(folder, settings)
+    series = _Series(train_fn, model, store, rewind_to, finetune, seed)
     options: dict[str, Any] = {
         "scope": scope,
         "match": match,
@@ -124,6 +130,7 @@ def _check(
     rounds: int,
     rate: Rate,
     rewind_to: int | None,
+    finetune: Finetune | None,
     controls: Sequence[Control],
     trained: bool,
     scope: Scope | None,
@@ -135,6 +142,11 @@ def _check(
     if rewind_to is not None and (rewind_to < 0 or trained):
         raise ValueError(
             f"rewind_to={rewind_to} must be 0 or more, and needs a model that is not trained yet"
+        )
+    if finetune is not None and rewind_to is not None:
+        raise ValueError(
+            f"rewind_to={rewind_to} puts the schedule back together with the weights, so that "
+            "finetune has no place: give one of them"
         )
     for control in controls:
         if control not in ("fresh", "random"):
@@ -163,6 +175,7 @@ class _Series:
     model: nn.Module
     store: RoundStore
     rewind_to: int | None
+    finetune: Finetune | None
     seed: int
 
     def __post_init__(self) -> None:
@@ -191,6 +204,7 @@ class _Series:
         run = self._run(number, masks, control)
         PruneResult(run.model, run.masks, "round").apply()
         metrics = _as_json(self.train_fn(run))
+        run.require_schedule()
         if number == 0:
             self._keep_target(run)
         kept = {
@@ -214,7 +228,9 @@ class _Series:
         run = TrainingRun(model, masks, number, control)
         if number == 0:
             run.keep_at = self.rewind_to
-        elif self.target is not None:
+            return run
+        run.finetune = self.finetune
+        if self.target is not None:
             rewind(self.target, model)
             run.begin, run.first_step = self.target, self.rewind_to or 0
         return run

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -12,9 +14,11 @@ from sparsetrain.allocation import Allocation, Global, LayerShape, allocate, par
 from sparsetrain.batches import Adapter
 from sparsetrain.calibration import Calibration
 from sparsetrain.candidates import Candidate, choose, unwrapped
+from sparsetrain.cost.targets import CostTarget, target_of
 from sparsetrain.curvature.losses import LossFunction
 from sparsetrain.pruning.result import PruneResult
 from sparsetrain.pruning.sequence import stages, weights_back
+from sparsetrain.pruning.within import MaskBound, masks_within
 from sparsetrain.scores import Score
 from sparsetrain.scores.base import Scope
 from sparsetrain.scoring import measured
@@ -27,6 +31,8 @@ def prune(
     score: Score | str,
     sparsity: float | None = None,
     *,
+    target: CostTarget | Mapping[str, Any] | None = None,
+    example_inputs: Any = None,
     scope: Scope | None = None,
     structure: Structure | str | Mapping[str, Any] = "unstructured",
     allocation: Allocation | str | Mapping[str, Any] | None = None,
@@ -44,8 +50,12 @@ def prune(
 
     Args:
         score: a score of single weights, or its name.
-        sparsity: share of zeros over all chosen weights, in [0, 1); None where `allocation` or an
-            n:m structure sets it.
+        sparsity: share of zeros over all chosen weights, in [0, 1); None where `target`,
+            `allocation` or an n:m structure sets it.
+        target: instead of a sparsity, what the network may cost, such as `st.CompressionRate(10)`
+            or `st.Flops(0.5)`. The most weights that it leaves are kept.
+        example_inputs: for targets that depend on them: a tensor, a tuple of positional or a
+            mapping of keyword arguments, for one call of the model.
         scope: what competes: the weights of each "row" (all inputs of an output), of each "layer",
             or of the whole model ("global"). None: as the score's paper has it.
         structure: as for policies, for scope "layer".
@@ -75,22 +85,54 @@ def prune(
     candidates = choose(model, match)
     given = Calibration(calibration, loss_fn, adapter, seed, progress)
     plan = Plan(candidates, scope or chosen.scope, parse_structure(structure), allocation)
-    rounds = chosen.pruning_rounds
-    if rounds > 1 and sparsity is None:
-        raise ValueError(f"{chosen.title} prunes in {rounds} rounds: give a sparsity")
     parts = _parts(model, candidates, blocks, chosen, plan)
-    is_stepwise = rounds > 1 or len(parts) > 1
-    if is_stepwise:
-        given.require_rereadable(chosen.title)
-    masks = {c.name: c.param.detach() != 0 for c in candidates}
-    with weights_back(candidates if is_stepwise else []):
-        for number in range(1, rounds + 1):
-            wanted = sparsity_after(sparsity, number / rounds)
-            for part in parts:
-                masks |= plan.masks(measured(model, chosen, part, given), masks, wanted)
-                if is_stepwise:
-                    zero(part, masks)
+    run = _Run(model, chosen, candidates, parts, plan, given)
+    if target is None:
+        return PruneResult(model, run.masks(sparsity), chosen.kind)
+    plan.require_free(sparsity)
+    bound = MaskBound.of(target_of(target), model, candidates, example_inputs)
+    masks = masks_within(bound, run.masks, plan.least, plan.numel)
     return PruneResult(model, masks, chosen.kind)
+
+
+@dataclass
+class _Run:
+    """One call of `prune`: masks for any sparsity."""
+
+    model: nn.Module
+    score: Score
+    candidates: Sequence[Candidate]
+    parts: Sequence[Sequence[Candidate]]
+    plan: Plan
+    given: Calibration
+
+    def __post_init__(self) -> None:
+        self.start = {c.name: c.param.detach() != 0 for c in self.candidates}
+        self.is_stepwise = self.score.pruning_rounds > 1 or len(self.parts) > 1
+        if self.is_stepwise:
+            self.given.require_rereadable(self.score.title)
+
+    def masks(self, sparsity: float | None) -> dict[str, Tensor]:
+        """Name -> mask at this sparsity."""
+        rounds = self.score.pruning_rounds
+        if rounds > 1 and sparsity is None:
+            raise ValueError(f"{self.score.title} prunes in {rounds} rounds: give a sparsity")
+        if not self.is_stepwise:
+            return self.plan.masks(self.scores, self.start, sparsity)
+        masks = self.start
+        with weights_back(self.candidates):
+            for number in range(1, rounds + 1):
+                wanted = sparsity_after(sparsity, number / rounds)
+                for part in self.parts:
+                    scores = measured(self.model, self.score, part, self.given)
+                    masks = masks | self.plan.masks(scores, masks, wanted)
+                    zero(part, masks)
+        return masks
+
+    @cached_property
+    def scores(self) -> dict[str, Tensor]:
+        """Of the network as it is."""
+        return measured(self.model, self.score, self.candidates, self.given)
 
 
 def _parts(
@@ -136,6 +178,23 @@ class Plan:
             self.structure.check(shape, candidate.name)
             quantum = self.structure.quantum(shape)
             self.shapes.append(LayerShape(candidate.name, shape, quantum))
+
+    @property
+    def numel(self) -> int:
+        """Weights in all."""
+        return sum(shape.numel for shape in self.shapes)
+
+    @property
+    def least(self) -> int:
+        """Weights that are kept at least: one of each layer, or one group."""
+        return sum(shape.quantum for shape in self.shapes)
+
+    def require_free(self, sparsity: float | None) -> None:
+        """Raise ValueError if the sparsity is set already, so that a target cannot set it."""
+        if sparsity is not None:
+            raise ValueError(f"give either sparsity={sparsity} or a target")
+        if isinstance(self.structure, NM) or self.allocation.fixes_density:
+            raise ValueError("the structure or allocation sets the sparsity: leave 'target' out")
 
     def masks(
         self, scores: Mapping[str, Tensor], before: Mapping[str, Tensor], sparsity: float | None

@@ -1,0 +1,86 @@
+"""A network and the way its channels are chosen, to be cut to any counts, any number of times."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from sparsetrain.calibration import Calibration
+from sparsetrain.channels.coupling import Coupling
+from sparsetrain.channels.methods import LayerByLayer, Networks, Scoring
+from sparsetrain.channels.removal import remove
+
+
+class Cut(NamedTuple):
+    """A copy of the network, ready for its channels to be removed."""
+
+    model: nn.Module
+    couplings: list[Coupling]
+    removed: dict[str, list[int]]
+
+    def finish(self) -> nn.Module:
+        """Remove the channels."""
+        remove(self.removed, self.couplings, None)
+        return self.model
+
+
+@dataclass(frozen=True)
+class Cutter:
+    """Chooses channels of a network, which stays as it is.
+
+    Attributes:
+        couplings: of the network.
+        scores: name of a coupling -> [channels]; None where the method goes layer by layer.
+    """
+
+    model: nn.Module
+    example_inputs: Any
+    couplings: Sequence[Coupling]
+    method: LayerByLayer | Scoring
+    calibration: Calibration
+    scores: Mapping[str, Tensor] | None
+
+    @classmethod
+    def of(
+        cls,
+        model: nn.Module,
+        example_inputs: Any,
+        found: Sequence[Coupling],
+        wanted: Sequence[Coupling],
+        method: LayerByLayer | Scoring,
+        calibration: Calibration,
+    ) -> Cutter:
+        """Measure the scores of the couplings that are `wanted`, if the method has scores."""
+        scores = None
+        if isinstance(method, Scoring):
+            scores = method.scores(model, wanted, calibration)
+        return cls(model, example_inputs, found, method, calibration, scores)
+
+    def cut(self, counts: Mapping[str, int]) -> Cut:
+        """Choose channels, and change what the method changes so that less is lost with them.
+
+        Args:
+            counts: name of a coupling -> how many channels it keeps; all where it is left out.
+        """
+        smaller, copied = copy.deepcopy((self.model, list(self.couplings)))
+        if isinstance(self.method, LayerByLayer):
+            networks = Networks(smaller, copied, self.model, list(self.couplings))
+            removed = self.method.prune_layers(networks, counts, self.calibration)
+        else:
+            assert self.scores is not None
+            removed = {
+                c.name: _lowest(c, self.scores[c.name], counts[c.name])
+                for c in self.couplings
+                if c.name in self.scores and c.name in counts
+            }
+            self.method.make_up(smaller, copied, removed, self.example_inputs)
+        return Cut(smaller, copied, {name: gone for name, gone in removed.items() if gone})
+
+
+def _lowest(coupling: Coupling, scores: Tensor, keep: int) -> list[int]:
+    """The channels to remove, ascending."""
+    return coupling.removable(scores.argsort(stable=True).tolist(), coupling.channels - keep)
