@@ -207,14 +207,15 @@ class Plan:
             total = sum(allocate(self.allocation, self.shapes, sparsity).values())
             chosen = top_k_across(ranked, total)
         else:
-            counts = self._counts(sparsity)
+            counts = self.counts(sparsity)
             chosen = {
                 name: select(values, counts[name], self.structure, name=name)
                 for name, values in ranked.items()
             }
         return {name: mask & before[name] for name, mask in chosen.items()}
 
-    def _counts(self, sparsity: float | None) -> dict[str, int]:
+    def counts(self, sparsity: float | None) -> dict[str, int]:
+        """How many weights each layer keeps."""
         if not isinstance(self.structure, NM):
             return allocate(self.allocation, self.shapes, sparsity)
         self.structure.check_sparsity(sparsity)

@@ -50,9 +50,7 @@ class TrainingRun:
         """Keep the zeros while `optimizer` trains the other weights."""
         return PruneResult(self.model, self.masks, "round").hold(optimizer)
 
-    def schedule(
-        self, optimizer: Optimizer, original: Original, total: int
-    ) -> LRScheduler:
+    def schedule(self, optimizer: Optimizer, original: Original, total: int) -> LRScheduler:
         """The scheduler of the run, whose `step` is called once a training step.
 
         Args:

@@ -1,0 +1,112 @@
+"""Knobs that are turned by single weights: a sparsity for each layer."""
+
+from __future__ import annotations
+
+import copy
+import glob
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from sparsetrain.allocation import Explicit
+from sparsetrain.batches import Adapter
+from sparsetrain.calibration import Calibration
+from sparsetrain.candidates import Candidate, choose, unwrapped
+from sparsetrain.cost.layers import LayerUse
+from sparsetrain.curvature.losses import LossFunction
+from sparsetrain.pruning.one_shot import Plan
+from sparsetrain.pruning.result import PruneResult
+from sparsetrain.pruning.within import densities, thinned
+from sparsetrain.scores import Score
+from sparsetrain.scoring import measured
+from sparsetrain.search.knobs import Knob, Knobs, Pruning, Ratios
+from sparsetrain.selection import top_k_across
+from sparsetrain.structures import Structure, parse_structure
+
+
+@dataclass(frozen=True)
+class Weights(Pruning):
+    """Set the least important weights of each layer to 0.
+
+    Attributes:
+        score: of single weights, measured once, or its name.
+        structure: as for `st.prune`; n:m sets the sparsity itself and cannot be searched.
+        match: glob or globs on names of weights or modules; all Linear and Conv weights that train
+            when None.
+        calibration, loss_fn, adapter: for scores that need data, as for `st.prune`.
+        seed: of random scores.
+    """
+
+    score: Score | str = "magnitude"
+    structure: Structure | str | Mapping[str, Any] = "unstructured"
+    match: str | Sequence[str] | None = None
+    calibration: Iterable[Any] | None = None
+    loss_fn: LossFunction | None = None
+    adapter: Adapter | None = None
+    seed: int = 0
+
+    def bind(self, model: nn.Module, example_inputs: Any) -> WeightKnobs:
+        """Measure the score.
+
+        Raises:
+            ValueError: as `st.prune`.
+        """
+        return WeightKnobs(self, unwrapped(model), example_inputs)
+
+
+class WeightKnobs(Knobs):
+    """A sparsity for each weight."""
+
+    def __init__(self, pruning: Weights, model: nn.Module, example_inputs: Any) -> None:
+        self.pruning, self.score = pruning, Score.build(pruning.score)
+        if self.score.per_channel or self.score.pruning_rounds > 1:
+            raise ValueError(f"{self.score.title} does not score single weights in one round")
+        self.candidates = choose(model, pruning.match)
+        given = Calibration(pruning.calibration, pruning.loss_fn, pruning.adapter, pruning.seed)
+        self.scores = measured(model, self.score, self.candidates, given)
+        self.start = {c.name: c.param.detach() != 0 for c in self.candidates}
+        self.structure = parse_structure(pruning.structure)
+        super().__init__(model, example_inputs, [_knob(c) for c in self.candidates])
+
+    def masks(self, ratios: Ratios) -> dict[str, Tensor]:
+        """Name -> mask, True where kept."""
+        return self._plan(ratios).masks(self.scores, self.start, None)
+
+    def network(self, ratios: Ratios) -> nn.Module:
+        """A copy with zeros."""
+        copied = copy.deepcopy(self.model)
+        return PruneResult(copied, self.masks(ratios), self.score.kind).apply()
+
+    def rounded(self, ratios: Ratios) -> dict[str, float]:
+        """Whole weights are kept, and zeros that were there stay."""
+        counts = self._plan(ratios).counts(None)
+        kept = {n: min(count, int(self.start[n].count_nonzero())) for n, count in counts.items()}
+        return {knob.name: 1 - kept[knob.name] / knob.size for knob in self.knobs}
+
+    def layers(self, ratios: Ratios) -> list[LayerUse]:
+        """The model's layers with other densities."""
+        return thinned(self.uses, {name: 1 - r for name, r in self.rounded(ratios).items()})
+
+    def ranked(self, share: float) -> dict[str, float]:
+        """By one threshold for the scores of all layers."""
+        kept = max(round((1 - share) * sum(knob.size for knob in self.knobs)), 1)
+        masks = top_k_across(self.scores, kept)
+        most = {knob.name: 1 - 1 / knob.size for knob in self.knobs}  # a weight stays
+        gone = {name: 1 - density for name, density in densities(masks).items()}
+        return {name: min(ratio, most[name]) for name, ratio in gone.items()}
+
+    def describe(self) -> dict[str, Any]:
+        """The score and the structure."""
+        dumped = {"score": self.score.model_dump(), "structure": self.structure.model_dump()}
+        return {"weights": dumped, "seed": self.pruning.seed}
+
+    def _plan(self, ratios: Ratios) -> Plan:
+        kept = {glob.escape(name): 1 - ratio for name, ratio in self.checked(ratios).items()}
+        return Plan(self.candidates, "layer", self.structure, Explicit(densities=kept))
+
+
+def _knob(candidate: Candidate) -> Knob:
+    modules = dict.fromkeys(name.rpartition(".")[0] for name in candidate.names)
+    return Knob(candidate.name, candidate.param.numel(), tuple(modules))
