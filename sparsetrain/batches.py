@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+
+from sparsetrain.report.progress import tracked
 
 #: Takes what an iterable yields; gives (inputs, targets).
 Adapter = Callable[[Any], tuple[Any, Any]]
@@ -89,7 +91,7 @@ def read(
     """
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     found = 0
-    for item in _shown(batches, who) if progress else batches:
+    for item in tracked(batches, who, progress=progress):
         found += 1
         inputs, targets = adapter(item) if adapter else _understood(item, who, needs_targets)
         yield _batch(inputs, targets, device, who)
@@ -137,13 +139,3 @@ def _batch(inputs: Any, targets: Any, device: torch.device, who: str) -> Batch:
             f"batch has {', '.join(str(tuple(t.shape)) for t in tensors) or 'no tensor'}"
         )
     return Batch(args, kwargs, targets, sizes.pop())
-
-
-def _shown(batches: Iterable[Any], who: str) -> Iterator[Any]:
-    from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
-
-    total = len(batches) if isinstance(batches, Sized) else None
-    with Progress(
-        *Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeElapsedColumn()
-    ) as bar:
-        yield from bar.track(batches, total=total, description=who)

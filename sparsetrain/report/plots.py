@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 # Okabe and Ito's colours can be told apart with every common colour-vision deficiency.
 _BLUE, _ORANGE, _GREEN, _PURPLE = "#0072B2", "#E69F00", "#009E73", "#CC79A7"
 _SKY, _RED, _YELLOW, _GREY = "#56B4E9", "#D55E00", "#C9B400", "#555555"
-_COLOURS = (_BLUE, _ORANGE, _GREEN, _RED, _PURPLE, _SKY, _YELLOW, _GREY)
+COLOURS = (_BLUE, _ORANGE, _GREEN, _RED, _PURPLE, _SKY, _YELLOW, _GREY)
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 _GRID = "#DDDDDD"
 
@@ -81,7 +81,7 @@ def accuracy_against_sparsity(
             [mean for mean, _ in points],
             yerr=[error for _, error in points],
             label=method,
-            color=_COLOURS[number % len(_COLOURS)],
+            color=COLOURS[number % len(COLOURS)],
             marker=_MARKERS[number % len(_MARKERS)],
             markersize=5,
             linewidth=1.6,
@@ -91,7 +91,7 @@ def accuracy_against_sparsity(
         )
     ticks = sorted({sparsity for by_sparsity in results.values() for sparsity in by_sparsity})
     ax.set_xticks([_remaining_decades(s) for s in ticks], [f"{100 * s:g}" for s in ticks])
-    _finish(ax, title, "Sparsity [% of weights that are zero]", ylabel)
+    finish(ax, title, "Sparsity [% of weights that are zero]", ylabel)
     if len(results) > 3:
         _legend(ax, loc="center left", bbox_to_anchor=(1.0, 0.5))
     else:
@@ -120,7 +120,7 @@ def density_per_layer(
             [100 * by_layer[layers[index]] for index in shown],
             width * 0.92,
             label=label,
-            color=_COLOURS[number % len(_COLOURS)],
+            color=COLOURS[number % len(COLOURS)],
         )
         if len(layers) * len(densities) <= 12:
             ax.bar_label(bars, fmt="%.2g", fontsize=8, padding=1.5, color=_GREY)
@@ -131,7 +131,7 @@ def density_per_layer(
         rotation=35 if long_names else 0,
         ha="right" if long_names else "center",
     )
-    _finish(ax, title, "", "Weights kept [%]")
+    finish(ax, title, "", "Weights kept [%]")
     ax.set_ylim(0, 1.08 * ax.get_ylim()[1])
     if len(densities) > 1:
         _legend(ax)
@@ -159,7 +159,7 @@ def mask_turnover(
         lines = {"replaced": (dropped, _BLUE)}
     for label, (values, colour) in lines.items():
         ax.plot(steps, values, color=colour, linewidth=1.6, marker=".", markersize=4, label=label)
-    _finish(ax, title, "Training step", "Share of active weights [%]")
+    finish(ax, title, "Training step", "Share of active weights [%]")
     ax.set_ylim(bottom=0)
     if len(lines) > 1:
         _legend(ax)
@@ -182,11 +182,11 @@ def exploration_rate(
         ax.plot(
             [event.step for event in events],
             [100 * event.exploration_rate for event in events],
-            color=_COLOURS[number % len(_COLOURS)],
+            color=COLOURS[number % len(COLOURS)],
             linewidth=1.6,
             label=label,
         )
-    _finish(ax, title, "Training step", "Share of all weights [%]")
+    finish(ax, title, "Training step", "Share of all weights [%]")
     ax.set_ylim(bottom=0)
     if len(runs) > 1:
         _legend(ax)
@@ -213,7 +213,7 @@ def mask_age(
         linewidth=1.6,
         label="mean of the active weights",
     )
-    _finish(ax, title, "Training step", "Age [steps]")
+    finish(ax, title, "Training step", "Age [steps]")
     ax.set_ylim(bottom=0)
     _legend(ax, loc="upper left")
     return figure
@@ -233,12 +233,12 @@ def learning_curve(
         ax.plot(
             range(1, len(accuracies) + 1),
             [100 * accuracy for accuracy in accuracies],
-            color=_COLOURS[number % len(_COLOURS)],
+            color=COLOURS[number % len(COLOURS)],
             linewidth=1.6,
             marker="." if len(accuracies) <= 30 else None,
             label=label,
         )
-    _finish(ax, title, "Epoch", "Test accuracy [%]")
+    finish(ax, title, "Epoch", "Test accuracy [%]")
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     if len(curves) > 1:
         _legend(ax)
@@ -257,7 +257,8 @@ def _legend(ax: Axes, **options: Any) -> None:
     ax.legend(facecolor="white", edgecolor="none", framealpha=0.85, **options)
 
 
-def _finish(ax: Axes, title: str, xlabel: str, ylabel: str) -> None:
+def finish(ax: Axes, title: str, xlabel: str, ylabel: str) -> None:
+    """Title, labels and grid as all pictures have them."""
     ax.set_title(title, loc="left", fontsize=11, fontweight="bold")
     ax.set_xlabel(xlabel)
     ax.set_ylabel(ylabel)

@@ -67,7 +67,7 @@ class ChannelKnobs(Knobs):
         self.turned = [c for c in every if scores is None or c.name in scores]
         if not self.turned:
             raise ValueError("the model has no channels that could be removed")
-        super().__init__(model, example_inputs, [_knob(c) for c in self.turned])
+        super().__init__(model, example_inputs, [_knob(c, pruning.round_to) for c in self.turned])
 
     def counts(self, ratios: Ratios) -> Counts:
         """Name of a coupling -> how many channels it keeps."""
@@ -96,6 +96,7 @@ class ChannelKnobs(Knobs):
         return Plan(self.turned, asked, None, False, self.pruning.floor, self.pruning.round_to)
 
 
-def _knob(coupling: Coupling) -> Knob:
+def _knob(coupling: Coupling, round_to: int) -> Knob:
     layers = dict.fromkeys(side.layer for side in coupling.sides)
-    return Knob(coupling.name, coupling.channels, tuple(layers))
+    step = round_to / coupling.channels
+    return Knob(coupling.name, coupling.channels, tuple(layers), step)

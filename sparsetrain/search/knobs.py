@@ -12,7 +12,7 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -37,15 +37,20 @@ class Knob:
         name: of the weight, or of the first layer of a coupling.
         size: weights or channels.
         layers: names of the modules whose inputs or outputs it changes.
+        step: the least share by which it turns, 0 where any share will do.
     """
 
     name: str
     size: int
     layers: tuple[str, ...]
+    step: float = 0.0
 
 
 class Knobs(ABC):
     """A model and its knobs. The model stays as it is."""
+
+    #: Whether what a network costs is a sum over knobs, none of which depends on another.
+    adds_up: ClassVar[bool] = False
 
     def __init__(self, model: nn.Module, example_inputs: Any, knobs: Sequence[Knob]) -> None:
         self.model, self.example_inputs, self.knobs = model, example_inputs, tuple(knobs)

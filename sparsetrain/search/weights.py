@@ -6,7 +6,7 @@ import copy
 import glob
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -59,6 +59,8 @@ class Weights(Pruning):
 class WeightKnobs(Knobs):
     """A sparsity for each weight."""
 
+    adds_up: ClassVar[bool] = True
+
     def __init__(self, pruning: Weights, model: nn.Module, example_inputs: Any) -> None:
         self.pruning, self.score = pruning, Score.build(pruning.score)
         if self.score.per_channel or self.score.pruning_rounds > 1:
@@ -68,7 +70,7 @@ class WeightKnobs(Knobs):
         self.scores = measured(model, self.score, self.candidates, given)
         self.start = {c.name: c.param.detach() != 0 for c in self.candidates}
         self.structure = parse_structure(pruning.structure)
-        super().__init__(model, example_inputs, [_knob(c) for c in self.candidates])
+        super().__init__(model, example_inputs, [_knob(c, self.structure) for c in self.candidates])
 
     def masks(self, ratios: Ratios) -> dict[str, Tensor]:
         """Name -> mask, True where kept."""
@@ -107,6 +109,24 @@ class WeightKnobs(Knobs):
         return Plan(self.candidates, "layer", self.structure, Explicit(densities=kept))
 
 
-def _knob(candidate: Candidate) -> Knob:
+def _knob(candidate: Candidate, structure: Structure) -> Knob:
     modules = dict.fromkeys(name.rpartition(".")[0] for name in candidate.names)
-    return Knob(candidate.name, candidate.param.numel(), tuple(modules))
+    size = candidate.param.numel()
+    step = structure.quantum(tuple(candidate.param.shape)) / size
+    return Knob(candidate.name, size, tuple(modules), step)
+
+
+def pruning_of(value: Pruning | Score | str) -> Pruning:
+    """A way of pruning from itself, or from a score of weights or its name.
+
+    Raises:
+        TypeError: it is neither.
+    """
+    if isinstance(value, Pruning):
+        return value
+    if isinstance(value, Score | str):
+        return Weights(Score.build(value))
+    raise TypeError(
+        "prune must be st.search.Weights(...), Channels(...), ByFunction(...), a score or its "
+        f"name, not {value!r}"
+    )
