@@ -14,6 +14,8 @@ from torch import nn
 
 from sparsetrain.candidates import find_candidates
 from sparsetrain.config import Kinded
+from sparsetrain.cost.energy import energy_of
+from sparsetrain.cost.hardware import Hardware
 from sparsetrain.cost.layers import LayerUse, layers_used
 from sparsetrain.storage.container import to_bytes
 from sparsetrain.storage.files import contents_of
@@ -152,14 +154,12 @@ class Energy(_ByLayers):
     kind: Literal["energy"] = "energy"
     unit: ClassVar[str] = "joules a sample"
 
-    hardware: Any = Field(None, description="the machine; Eyeriss when null")
+    hardware: Hardware | None = Field(None, description="the machine; Eyeriss when null")
 
     def __init__(self, share: float | None = None, **fields: Any) -> None:
         super().__init__(share=share, **fields)
 
     def of_layers(self, layers: Sequence[LayerUse]) -> float:
-        from sparsetrain.cost.energy import energy_of
-
         return energy_of(layers, self.hardware).total
 
 
