@@ -1,0 +1,242 @@
+"""Ratios of channels by every search, at equal FLOPs and at equal latency, before and after tuning.
+
+    python -m reference_runs.search_fashion_mnist.latency --table
+    python -m reference_runs.search_fashion_mnist.run --workers 2
+    python -m reference_runs.search_fashion_mnist.latency
+
+from the repository's root, the first and the last on a machine with nothing else to do. Finished
+runs are kept in results.jsonl, evaluated networks in evaluations/: the same commands go on where
+they were stopped. See the README beside this file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+import sparsetrain as st
+from reference_runs import _common as common
+from reference_runs.search_fashion_mnist.networks import (
+    HERE,
+    data,
+    fine_tune,
+    metric,
+    recalibrated,
+    test_error,
+    trained,
+)
+
+TABLE = HERE / "latency_table.json"
+EVALUATIONS = HERE / "evaluations"  # git ignores it
+EXAMPLE = torch.zeros(64, 1, 28, 28)  # as large as the batches whose latency counts
+TRIALS, POPULATION = 150, 20  # of the evolution
+EPISODES, WARMUP = 250, 60  # of AMC
+#: What the network may cost: label -> target.
+TARGETS: dict[str, Callable[[], st.CostTarget]] = {
+    "0.5x FLOPs": lambda: st.Flops(0.5),
+    "0.3x FLOPs": lambda: st.Flops(0.3),
+    "0.6x latency": lambda: st.Latency(0.6, table=TABLE),
+    "0.45x latency": lambda: st.Latency(0.45, table=TABLE),
+}
+#: Other budgets, for the two searches whose measured times are compared.
+MORE_TARGETS: dict[str, Callable[[], st.CostTarget]] = {
+    "0.7x FLOPs": lambda: st.Flops(0.7),
+    "0.4x FLOPs": lambda: st.Flops(0.4),
+    "0.75x latency": lambda: st.Latency(0.75, table=TABLE),
+    "0.52x latency": lambda: st.Latency(0.52, table=TABLE),
+}
+METHODS = {
+    "uniform": "uniform",
+    "random": "random search",
+    "sensitivity": "one threshold for all drops",
+    "least_loss": "least sum of drops",
+    "evolution": "evolution",
+    "amc": "AMC",
+}
+ON_MORE_TARGETS = ("uniform", "least_loss", "evolution")
+#: Of a network's errors: the key in the results, and what the tables call it.
+MOMENTS = {"before": "before fine-tuning", "after": "after fine-tuning"}
+
+
+def channels() -> st.search.Channels:
+    """How channels are removed: by their L1 norms, in blocks that a CPU computes at once."""
+    return st.search.Channels("l1", round_to=8, floor=0.1)
+
+
+def sensitivity(seed: int) -> st.search.Sensitivity:
+    """Of the trained network, from its evaluations."""
+    return st.search.sensitivity(
+        trained(seed),
+        metric,
+        prune=channels(),
+        example_inputs=EXAMPLE,
+        folder=EVALUATIONS / f"sensitivity-{seed}",
+    )
+
+
+def prepare(job: common.Record, report: common.Report) -> common.Record:
+    """Train a network, and measure what its layers bear."""
+    model = trained(job["seed"], lambda r: report(job["key"], r.epoch, 4, "training"))
+    started = time.perf_counter()
+    found = sensitivity(job["seed"])
+    return {
+        "seed": job["seed"],
+        "method": "trained",
+        "test_error": test_error(model),
+        "validation": found.baseline,
+        "sensitivity": found.to_dict(),
+        "search_evaluations": found.evaluations,
+        "search_seconds": round(time.perf_counter() - started, 1),
+    }
+
+
+def search(job: common.Record, report: common.Report) -> common.Record:
+    """One search for one target, and the network that it chose."""
+    report(job["key"], 0, 3, "search")
+    started = time.perf_counter()
+    ratios, knobs, evaluations, evaluating = _searched(job)
+    wall = time.perf_counter() - started
+    report(job["key"], 1, 3, "fine-tuning")
+    validation = metric(knobs.network(ratios))
+    model = recalibrated(knobs.network(ratios))
+    before = test_error(model)
+    fine_tune(model, job["seed"])
+    costs = {"flops": st.Flops(1.0), "latency": st.Latency(1.0, table=TABLE)}
+    left = {name: st.search.CostOf(target, knobs) for name, target in costs.items()}
+    return {
+        **{name: job[name] for name in ("seed", "method", "target")},
+        "ratios": knobs.rounded(ratios),
+        "validation": validation,
+        "before": before,
+        "after": test_error(model),
+        **{name: round(cost(ratios) / cost.whole, 4) for name, cost in left.items()},
+        "search_evaluations": evaluations,
+        "evaluation_seconds": round(evaluating, 1),
+        "search_seconds": round(wall, 1),
+    }
+
+
+def _searched(job: common.Record) -> tuple[dict[str, float], st.search.Knobs, int, float]:
+    """Ratios, and what they cost: evaluated networks, and seconds of evaluation."""
+    model, method, seed = trained(job["seed"]), job["method"], job["seed"]
+    target = (TARGETS | MORE_TARGETS)[job["target"]]()
+    options: dict[str, Any] = {
+        "prune": channels(),
+        "example_inputs": EXAMPLE,
+        "target": target,
+        "folder": EVALUATIONS / job["key"],
+        "seed": seed,
+    }
+    if method in ("sensitivity", "least_loss"):
+        found = sensitivity(seed)
+        ratios = found.suggest(target) if method == "sensitivity" else found.optimise(target)
+        return ratios, found.knobs, len(found.knobs.names) * len(found.ratios) + 1, 0.0
+    if method == "uniform":
+        knobs = channels().bind(model, EXAMPLE)
+        cost = st.search.CostOf(target, knobs)
+        return st.search.fitted(knobs.uniform(0.5), cost), knobs, 0, 0.0
+    if method == "amc":
+        result = st.search.amc(model, metric, episodes=EPISODES, warmup=WARMUP, **options)
+    else:
+        options |= {"trials": TRIALS, "population": POPULATION}
+        result = st.search.ratios(model, metric, method=method, **options)
+    return result.best.ratios, result.knobs, len(result.points), result.seconds
+
+
+def jobs(seeds: int) -> tuple[list[common.Record], list[common.Record]]:
+    """Networks to train, and searches."""
+    first = [{"key": f"trained-{seed}", "seed": seed} for seed in range(seeds)]
+    searches = [
+        {"key": f"{method}-{target}-{seed}", "method": method, "target": target, "seed": seed}
+        for seed in range(seeds)
+        for targets, methods in ((TARGETS, METHODS), (MORE_TARGETS, ON_MORE_TARGETS))
+        for target in targets
+        for method in methods
+    ]
+    return first, searches
+
+
+def summarise(runs: Sequence[common.Record]) -> list[common.Record]:
+    """One row a method and target; errors in percent, and the advantage over uniform by seed."""
+    uniform = {(r["target"], r["seed"]): r for r in runs if r["method"] == "uniform"}
+    groups: dict[tuple[str, str], list[common.Record]] = defaultdict(list)
+    for run in runs:
+        if "target" in run:
+            groups[run["target"], run["method"]].append(run)
+    rows = []
+    for (target, method), mine in groups.items():
+        row: common.Record = {"target": target, "method": method, "seeds": len(mine)}
+        for name in ("before", "after", "flops", "latency", "search_evaluations", "search_seconds"):
+            scale = 100 if name in MOMENTS else 1
+            values = [scale * run[name] for run in mine]
+            row[name] = round(common.mean(values), 3)
+            row[f"{name}_standard_error"] = round(common.standard_error(values), 3)
+        for moment in MOMENTS:
+            pairs = [100 * (uniform[target, r["seed"]][moment] - r[moment]) for r in mine]
+            row[f"{moment}_advantage"] = common.advantage(pairs)
+        rows.append(row)
+    return rows
+
+
+def table_of(rows: Sequence[common.Record], target: str) -> str:
+    """A row a method."""
+    lines = []
+    for method, label in METHODS.items():
+        for row in rows:
+            if (row["method"], row["target"]) == (method, target):
+                gain = row["after_advantage"]
+                lines.append(
+                    [
+                        label,
+                        *(f"{row[m]:.2f} ± {row[f'{m}_standard_error']:.2f}" for m in MOMENTS),
+                        f"{gain['advantage']:+.2f} ± {gain['standard_error']:.2f}",
+                        f"{row['flops']:.3f}",
+                        f"{row['latency']:.3f}",
+                        f"{row['search_evaluations']:.0f}",
+                        f"{row['search_seconds']:.0f}",
+                    ]
+                )
+    head = ["", *MOMENTS.values(), "better than uniform", "FLOPs", "predicted latency"]
+    return common.markdown_table([*head, "networks evaluated", "seconds"], lines)
+
+
+def tables(rows: Sequence[common.Record], runs: Sequence[common.Record]) -> str:
+    """Everything that goes into the README."""
+    whole = [100 * run["test_error"] for run in runs if run["method"] == "trained"]
+    parts = [
+        f"Test error [%], mean ± standard error over {len(whole)} seeds; as trained "
+        f"{common.mean(whole):.2f} ± {common.standard_error(whole):.2f}."
+    ]
+    for target in (*TARGETS, *MORE_TARGETS):
+        if any(row["target"] == target for row in rows):
+            parts += [f"### {target}", table_of(rows, target)]
+    return "\n\n".join(parts)
+
+
+def main() -> None:
+    """Run what is missing, then write results.json and the tables."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--workers", type=int, default=2, help="processes of one thread each")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--only-write", action="store_true", help="tables of the finished runs")
+    arguments = parser.parse_args()
+    log = common.ResultLog(HERE / "results.jsonl")
+    if not arguments.only_write:
+        data()  # a missing data set is told once, here
+        first, searches = jobs(arguments.seeds)
+        common.run_jobs(first, prepare, log, workers=arguments.workers)
+        common.run_jobs(searches, search, log, workers=arguments.workers)
+    runs = log.read()
+    rows = summarise(runs)
+    result = {"machine": common.machine(), "table": rows, "runs": runs}
+    common.write_json(HERE / "results.json", result)
+    common.put_into(HERE / "README.md", tables(rows, runs))
+
+
+if __name__ == "__main__":
+    main()
