@@ -23,9 +23,10 @@ CHECKPOINTS = HERE / "checkpoints"
 NETWORK = "resnet"
 EPOCHS = 3
 HELD_OUT = 5_000  # training images that no network is trained on: the searches' validation set
-SEEN = 2_000  # of them, that a search looks at
-RECALIBRATION = 1_000  # training images for the statistics of batch normalisations
-FINE_TUNING_STEPS, FINE_TUNING_RATE = 240, 0.02  # cosine to 0
+EPOCH = (60_000 - HELD_OUT) // BATCH  # steps
+SEEN = 1_500  # of them, that a search looks at
+RECALIBRATION = 500  # training images for the statistics of batch normalisations
+FINE_TUNING_STEPS, FINE_TUNING_RATE = 120, 0.02  # cosine to 0
 
 
 @cache
@@ -52,18 +53,29 @@ def trained(seed: int, on_epoch: Callable[[EpochRecord], None] | None = None) ->
     if path.exists():
         model.load_state_dict(torch.load(path, weights_only=True))
         return model
-    steps = EPOCHS * len(data().train_x) // BATCH
-    for record in _training(model, RATE, steps, seed).run(steps):
-        if on_epoch is not None:
-            on_epoch(record)
+    train(model, sgd(model, RATE), EPOCHS * EPOCH, seed, on_epoch)
     common.save_weights(model, path)
     return model
 
 
+def train(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    steps: int,
+    seed: int,
+    on_epoch: Callable[[EpochRecord], None] | None = None,
+) -> None:
+    """Train, the learning rate falling to 0 over all steps."""
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    trainer = Trainer(model, optimizer, data(), batch_size=BATCH, seed=seed, scheduler=scheduler)
+    for record in trainer.run(steps):
+        if on_epoch is not None:
+            on_epoch(record)
+
+
 def fine_tune(model: nn.Module, seed: int) -> None:
     """The same few steps for every pruned network."""
-    for _ in _training(model, FINE_TUNING_RATE, FINE_TUNING_STEPS, seed).run(FINE_TUNING_STEPS):
-        pass
+    train(model, sgd(model, FINE_TUNING_RATE), FINE_TUNING_STEPS, seed)
 
 
 def recalibrated(model: nn.Module) -> nn.Module:
@@ -81,9 +93,3 @@ def metric(model: nn.Module) -> float:
 def test_error(model: nn.Module) -> float:
     """As a fraction."""
     return round(1 - evaluate(model, data().test_x, data().test_y), 4)
-
-
-def _training(model: nn.Module, rate: float, steps: int, seed: int) -> Trainer:
-    optimizer = sgd(model, rate)
-    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    return Trainer(model, optimizer, data(), batch_size=BATCH, seed=seed, scheduler=scheduler)

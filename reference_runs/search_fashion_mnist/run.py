@@ -34,8 +34,9 @@ from reference_runs.search_fashion_mnist.networks import (
 TABLE = HERE / "latency_table.json"
 EVALUATIONS = HERE / "evaluations"  # git ignores it
 EXAMPLE = torch.zeros(64, 1, 28, 28)  # as large as the batches whose latency counts
-TRIALS, POPULATION = 150, 20  # of the evolution
-EPISODES, WARMUP = 250, 60  # of AMC
+TRIALS, POPULATION = 100, 20  # of the evolution
+EPISODES, WARMUP = 200, 50  # of AMC
+FRONT_TRIALS = 200
 #: What the network may cost: label -> target.
 TARGETS: dict[str, Callable[[], st.CostTarget]] = {
     "0.5x FLOPs": lambda: st.Flops(0.5),
@@ -52,7 +53,6 @@ MORE_TARGETS: dict[str, Callable[[], st.CostTarget]] = {
 }
 METHODS = {
     "uniform": "uniform",
-    "random": "random search",
     "sensitivity": "one threshold for all drops",
     "least_loss": "least sum of drops",
     "evolution": "evolution",
@@ -119,6 +119,28 @@ def search(job: common.Record, report: common.Report) -> common.Record:
         "evaluation_seconds": round(evaluating, 1),
         "search_seconds": round(wall, 1),
     }
+
+
+def find_front(job: common.Record, report: common.Report) -> common.Record:
+    """Accuracy against FLOPs in one search, without a target."""
+    report(job["key"], 0, 1, "search")
+    result = st.search.ratios(
+        trained(job["seed"]),
+        metric,
+        prune=channels(),
+        example_inputs=EXAMPLE,
+        method="evolution",
+        cost=st.Flops(1.0),
+        trials=FRONT_TRIALS,
+        population=POPULATION,
+        folder=EVALUATIONS / job["key"],
+        seed=job["seed"],
+    )
+    result.plot(HERE / "front.png")
+    front = [[point.cost, point.metric] for point in result.front]
+    seconds = round(result.seconds, 1)
+    found = {"front": front, "search_evaluations": len(result.points), "search_seconds": seconds}
+    return {"seed": job["seed"], "method": "front", **found}
 
 
 def _searched(job: common.Record) -> tuple[dict[str, float], st.search.Knobs, int, float]:
@@ -231,6 +253,7 @@ def main() -> None:
         first, searches = jobs(arguments.seeds)
         common.run_jobs(first, prepare, log, workers=arguments.workers)
         common.run_jobs(searches, search, log, workers=arguments.workers)
+        common.run_jobs([{"key": "front-0", "seed": 0}], find_front, log, workers=1)
     runs = log.read()
     rows = summarise(runs)
     result = {"machine": common.machine(), "table": rows, "runs": runs}
