@@ -1,5 +1,8 @@
 """Choosing where to be sparse: a ratio for each layer, searched for."""
 
+from typing import Any
+
+from sparsetrain.search.amc import AmcResult, amc
 from sparsetrain.search.budget import dynamic_program
 from sparsetrain.search.channels import Channels
 from sparsetrain.search.evaluations import Evaluated, Evaluations
@@ -12,6 +15,7 @@ from sparsetrain.search.sensitivity import Sensitivity, sensitivity
 from sparsetrain.search.weights import Weights
 
 __all__ = [
+    "AmcResult",
     "ByFunction",
     "Channels",
     "CostOf",
@@ -25,6 +29,7 @@ __all__ = [
     "SearchResult",
     "Sensitivity",
     "Weights",
+    "amc",
     "dynamic_program",
     "fitted",
     "max_sparsity",
@@ -32,3 +37,12 @@ __all__ = [
     "recipe_of",
     "sensitivity",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """`AmcEnvironment` is a class of Gymnasium's, which may be missing."""
+    if name != "AmcEnvironment":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from sparsetrain.search.amc_environment import AmcEnvironment
+
+    return AmcEnvironment
