@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
-import platform
 import queue
 import statistics
 import time
@@ -19,6 +18,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from sparsetrain.cost.machine import processor_name
 from sparsetrain.workbench.environment import environment
 
 Record = dict[str, Any]
@@ -192,17 +192,7 @@ def save_weights(model: torch.nn.Module, path: Path) -> None:
 
 def machine() -> dict[str, Any]:
     """Versions and the kind of machine: what a time or a last digit depends on."""
-    return {**environment(), "cpu": _cpu_model(), "logical_cores": os.cpu_count()}
-
-
-def _cpu_model() -> str:
-    """Name of the processor as the system gives it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor() or "unknown"
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or "unknown")
+    return {**environment(), "cpu": processor_name(), "logical_cores": os.cpu_count()}
 
 
 # Results and tables.

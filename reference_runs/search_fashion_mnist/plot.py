@@ -46,7 +46,7 @@ def main() -> None:
 
 def methods(rows: Sequence[common.Record]) -> Figure:
     """Test error of each method at each target, before and after tuning."""
-    figure = plots.new_figure(10.0, 4.2)
+    figure = plots.new_figure(12.0, 4.2)
     for ax, moment in zip(figure.subplots(1, 2), ("before", "after"), strict=True):
         _panel(ax, rows, moment)
     return figure
@@ -68,7 +68,7 @@ def _panel(ax: Axes, rows: Sequence[common.Record], moment: str) -> None:
     ax.set_xticks(range(len(TARGETS)), list(TARGETS), fontsize=8)
     plots.finish(ax, f"{moment.capitalize()} fine-tuning", "", "Test error [%]")
     if moment == "after":
-        ax.legend(fontsize=8, frameon=False)
+        ax.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
 
 
 if __name__ == "__main__":

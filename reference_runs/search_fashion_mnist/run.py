@@ -106,15 +106,14 @@ def search(job: common.Record, report: common.Report) -> common.Record:
     model = recalibrated(knobs.network(ratios))
     before = test_error(model)
     fine_tune(model, job["seed"])
-    costs = {"flops": st.Flops(1.0), "latency": st.Latency(1.0, table=TABLE)}
-    left = {name: st.search.CostOf(target, knobs) for name, target in costs.items()}
+    cost = st.search.CostOf(st.Flops(1.0), knobs)
     return {
         **{name: job[name] for name in ("seed", "method", "target")},
         "ratios": knobs.rounded(ratios),
         "validation": validation,
         "before": before,
         "after": test_error(model),
-        **{name: round(cost(ratios) / cost.whole, 4) for name, cost in left.items()},
+        "flops": round(cost(ratios) / cost.whole, 4),
         "search_evaluations": evaluations,
         "evaluation_seconds": round(evaluating, 1),
         "search_seconds": round(wall, 1),
@@ -193,7 +192,7 @@ def summarise(runs: Sequence[common.Record]) -> list[common.Record]:
     rows = []
     for (target, method), mine in groups.items():
         row: common.Record = {"target": target, "method": method, "seeds": len(mine)}
-        for name in ("before", "after", "flops", "latency", "search_evaluations", "search_seconds"):
+        for name in ("before", "after", "flops", "search_evaluations", "search_seconds"):
             scale = 100 if name in MOMENTS else 1
             values = [scale * run[name] for run in mine]
             row[name] = round(common.mean(values), 3)
@@ -218,12 +217,11 @@ def table_of(rows: Sequence[common.Record], target: str) -> str:
                         *(f"{row[m]:.2f} ± {row[f'{m}_standard_error']:.2f}" for m in MOMENTS),
                         f"{gain['advantage']:+.2f} ± {gain['standard_error']:.2f}",
                         f"{row['flops']:.3f}",
-                        f"{row['latency']:.3f}",
                         f"{row['search_evaluations']:.0f}",
                         f"{row['search_seconds']:.0f}",
                     ]
                 )
-    head = ["", *MOMENTS.values(), "better than uniform", "FLOPs", "predicted latency"]
+    head = ["", *MOMENTS.values(), "better than uniform", "FLOPs"]
     return common.markdown_table([*head, "networks evaluated", "seconds"], lines)
 
 

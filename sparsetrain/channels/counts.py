@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from sparsetrain.candidates import Candidate, find_candidates
 from sparsetrain.channels.coupling import Coupling
 from sparsetrain.channels.removal import remove
-from sparsetrain.channels.resizing import resized
+from sparsetrain.channels.resizing import Orders, channels_gone, resized
 from sparsetrain.config import did_you_mean
 from sparsetrain.cost.layers import LayerUse, layers_used
 from sparsetrain.cost.targets import CostTarget
@@ -26,6 +26,15 @@ Ratio = float | Mapping[str, float]
 Counts = dict[str, int]
 
 _BISECTIONS = 20  # shares are told apart to a millionth
+_NOISE = 1e-9  # a share of a count is a float: 0.2 of 5 channels may be a little less than 1
+
+
+def check_rounding(floor: float, round_to: int) -> None:
+    """Raise ValueError unless a share and a multiple of channels can be kept."""
+    if not 0 <= floor < 1:
+        raise ValueError(f"floor={floor} must be the share of channels to keep, in [0, 1)")
+    if round_to < 1:
+        raise ValueError(f"round_to={round_to} must be 1 or more")
 
 
 def shares(
@@ -129,7 +138,9 @@ class Plan:
         return {c.name: self._rounded(counts[c.name], c.channels) for c in self.wanted}
 
     def _by_layer(self, lost: Mapping[str, float]) -> Counts:
-        return {c.name: c.channels - math.floor(lost[c.name] * c.channels) for c in self.wanted}
+        return {
+            c.name: c.channels - math.floor(lost[c.name] * c.channels + _NOISE) for c in self.wanted
+        }
 
     def _across(self, lost: Mapping[str, float]) -> Counts:
         """The lowest of all go, but for the best of each coupling, its floor."""
@@ -141,7 +152,7 @@ class Plan:
             ranked += [(number / size, name) for number in values.sort().values[:free].tolist()]
         ranked.sort(key=lambda entry: entry[0])
         share = next(iter(lost.values()), 0.0)
-        for _, name in ranked[: math.floor(share * sum(counts.values()))]:
+        for _, name in ranked[: math.floor(share * sum(counts.values()) + _NOISE)]:
             counts[name] -= 1
         return counts
 
@@ -150,7 +161,7 @@ class Plan:
         return min(math.ceil(count / self.round_to) * self.round_to, channels)
 
     def _least(self, channels: int) -> int:
-        return max(math.ceil(self.floor * channels), 1)
+        return max(math.ceil(self.floor * channels - _NOISE), 1)
 
 
 def within(
@@ -159,6 +170,7 @@ def within(
     model: nn.Module,
     found: Sequence[Coupling],
     example_inputs: Any,
+    orders: Orders | None = None,
 ) -> Counts:
     """The most channels whose network costs no more than its targets.
 
@@ -168,11 +180,12 @@ def within(
     Args:
         targets: what the network may cost.
         plan: counts for a share to remove.
+        orders: in which the channels of couplings go, where that is known.
 
     Raises:
         ValueError: not even the largest share is enough; says how far it goes.
     """
-    bounds = [Bound.of(target, model, found, example_inputs) for target in targets]
+    bounds = [Bound.of(target, model, found, example_inputs, orders or {}) for target in targets]
 
     def fits(counts: Counts) -> bool:
         return all(bound.holds(counts) for bound in bounds)
@@ -208,39 +221,44 @@ class Bound:
     model: nn.Module
     couplings: Sequence[Coupling]
     example_inputs: Any
+    orders: Orders
     layers: Sequence[LayerUse]
     whole: float
 
     @classmethod
     def of(
-        cls, target: CostTarget, model: nn.Module, found: Sequence[Coupling], example_inputs: Any
+        cls,
+        target: CostTarget,
+        model: nn.Module,
+        found: Sequence[Coupling],
+        example_inputs: Any,
+        orders: Orders,
     ) -> Bound:
         """Look at the network as it is."""
         target = target.prepared(model, example_inputs)
         layers = layers_used(model, example_inputs)
         whole = target.whole(model, example_inputs)
-        return cls(target, model, found, example_inputs, layers, whole)
+        return cls(target, model, found, example_inputs, orders, layers, whole)
 
     def cost(self, counts: Counts) -> float:
         """What the network costs with as many channels."""
-        cost = self.target.of_layers(resized(self.layers, self.couplings, counts))
-        if cost is None:
-            smaller = _cut(self.model, self.couplings, counts)
-            cost = self.target.of_model(smaller, self.example_inputs)
-        return cost
+        layers = resized(self.layers, self.couplings, counts, self.orders)
+        cost = self.target.of_layers(layers)
+        return (
+            self.target.of_model(self._cut(counts), self.example_inputs) if cost is None else cost
+        )
+
+    def _cut(self, counts: Counts) -> nn.Module:
+        """A copy with as many channels."""
+        smaller, copied = copy.deepcopy((self.model, list(self.couplings)))
+        remove(channels_gone(copied, counts, self.orders), copied, None)
+        return smaller
 
     def holds(self, counts: Counts) -> bool:
         """Whether it may cost that."""
         return self.target.holds(self.cost(counts), self.target.allowed(self.whole))
 
     def described(self, counts: Counts) -> str:
-        """The cost in words."""
-        return f"{self.target.kind}={self.cost(counts) / self.whole:.3f}"
-
-
-def _cut(model: nn.Module, found: Sequence[Coupling], counts: Counts) -> nn.Module:
-    """A copy with as many channels; which ones makes no difference to what it costs."""
-    smaller, copied = copy.deepcopy((model, [c for c in found if c.name in counts]))
-    gone = {c.name: c.removable(range(c.channels), c.channels - counts[c.name]) for c in copied}
-    remove(gone, copied, None)
-    return smaller
+        """The cost in words, as a share of the whole network's and in its unit."""
+        cost = self.cost(counts)
+        return f"{self.target.kind}={cost / self.whole:.3f} ({cost:,.6g} {self.target.unit})"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -50,6 +51,8 @@ class Coupling:
 
     def removable(self, order: Iterable[int], count: int) -> list[int]:
         """The first `count` channels of an order, but for the last one of any layer; ascending."""
+        if self._is_everywhere:
+            return sorted(itertools.islice(order, min(count, self.channels - 1)))
         left = [{c for c, places in enumerate(side.places) if places} for side in self.sides]
         taken: list[int] = []
         for channel in order:
@@ -60,6 +63,11 @@ class Coupling:
                 for channels in left:
                     channels.discard(channel)
         return sorted(taken)
+
+    @cached_property
+    def _is_everywhere(self) -> bool:
+        """Whether every layer has every channel."""
+        return all(all(side.places) for side in self.sides)
 
     def by_role(self, role: str) -> list[Side]:
         """The layers that they come out of ("out"), go into ("in") or pass "through"."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from sparsetrain.calibration import Calibration
 from sparsetrain.channels.coupling import Coupling
 from sparsetrain.channels.methods import LayerByLayer, Networks, Scoring
 from sparsetrain.channels.removal import remove
+from sparsetrain.channels.resizing import Orders, channels_gone
 
 
 class Cut(NamedTuple):
@@ -60,6 +62,12 @@ class Cutter:
             scores = method.scores(model, wanted, calibration)
         return cls(model, example_inputs, found, method, calibration, scores)
 
+    @cached_property
+    def orders(self) -> Orders:
+        """Name of a coupling -> its channels, the lowest score first; empty without scores."""
+        scores = self.scores or {}
+        return {n: values.argsort(stable=True).tolist() for n, values in scores.items()}
+
     def cut(self, counts: Mapping[str, int]) -> Cut:
         """Choose channels, and change what the method changes so that less is lost with them.
 
@@ -71,16 +79,7 @@ class Cutter:
             networks = Networks(smaller, copied, self.model, list(self.couplings))
             removed = self.method.prune_layers(networks, counts, self.calibration)
         else:
-            assert self.scores is not None
-            removed = {
-                c.name: _lowest(c, self.scores[c.name], counts[c.name])
-                for c in self.couplings
-                if c.name in self.scores and c.name in counts
-            }
+            scored = [c for c in self.couplings if c.name in self.orders]
+            removed = channels_gone(scored, counts, self.orders)
             self.method.make_up(smaller, copied, removed, self.example_inputs)
         return Cut(smaller, copied, {name: gone for name, gone in removed.items() if gone})
-
-
-def _lowest(coupling: Coupling, scores: Tensor, keep: int) -> list[int]:
-    """The channels to remove, ascending."""
-    return coupling.removable(scores.argsort(stable=True).tolist(), coupling.channels - keep)

@@ -8,14 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 from torch.optim import Optimizer
 from torch.utils import _pytree as pytree
 
 from sparsetrain.batches import Adapter, called
 from sparsetrain.calibration import Calibration
 from sparsetrain.candidates import unwrapped
-from sparsetrain.channels.counts import Plan, Ratio, shares, within
+from sparsetrain.channels.counts import Plan, Ratio, check_rounding, shares, within
 from sparsetrain.channels.coupling import Coupling, couplings
 from sparsetrain.channels.cutting import Cutter
 from sparsetrain.channels.methods import (
@@ -25,7 +24,7 @@ from sparsetrain.channels.methods import (
     Scoring,
     method_of,
 )
-from sparsetrain.channels.removal import check_optimizer, check_removal, remove
+from sparsetrain.channels.removal import check_optimizer, check_plain, check_removal, remove
 from sparsetrain.channels.result import ChannelResult, Sizes
 from sparsetrain.cost import latency
 from sparsetrain.cost.targets import CostTarget, Flops, Parameters, target_of
@@ -114,7 +113,11 @@ def prune(
         wanted = [coupling for coupling in wanted if coupling.name in cutter.scores]
     competing = _competing(chosen, scope, cutter.scores)
     plan = Plan(wanted, asked, competing, chosen.comparable, floor, round_to)
-    counts = within(targets, plan, model, found, example_inputs) if targets else plan.at(0.0)
+    counts = (
+        within(targets, plan, model, found, example_inputs, cutter.orders)
+        if targets
+        else plan.at(0.0)
+    )
     cut = cutter.cut(counts)
     smaller, removed = cut.model, cut.removed
     changed = copy.deepcopy(smaller.state_dict()) if in_place else {}
@@ -169,18 +172,11 @@ def _widths(coupling: Coupling, removed: Sequence[int]) -> tuple[int, int]:
 
 
 def _check(model: nn.Module, optimizer: Any, in_place: bool, floor: float, round_to: int) -> None:
-    if not 0 <= floor < 1:
-        raise ValueError(f"floor={floor} must be the share of channels to keep, in [0, 1)")
-    if round_to < 1:
-        raise ValueError(f"round_to={round_to} must be 1 or more")
+    check_rounding(floor, round_to)
     if optimizer is not None and not in_place:
         raise ValueError("the optimizer has the parameters of the model itself: give in_place=True")
     check_optimizer(optimizer)
-    for name, module in model.named_modules():
-        if parametrize.is_parametrized(module):
-            raise ValueError(
-                f"{name} is behind a parametrization: finalize() the optimizer or remove it first"
-            )
+    check_plain(model)
 
 
 def _check_same_outputs(model: nn.Module, smaller: nn.Module, example_inputs: Any) -> None:

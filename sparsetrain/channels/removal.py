@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
+from torch.nn.utils import parametrize
 from torch.optim import Optimizer
 
 from sparsetrain.channels.sides import Side, counts
@@ -65,6 +66,15 @@ def remove(chosen: Mapping[str, Sequence[int]], of: Iterable[Coupling], optimize
     for coupling in losing:
         if coupling.heads is not None:
             coupling.heads.recount(coupling.by_role("in")[0].size)
+
+
+def check_plain(model: nn.Module) -> None:
+    """Raise ValueError if weights are behind parametrizations, which cannot lose channels."""
+    for name, module in model.named_modules():
+        if parametrize.is_parametrized(module):
+            raise ValueError(
+                f"{name} is behind a parametrization: finalize() the optimizer or remove it first"
+            )
 
 
 def check_optimizer(optimizer: Any) -> None:

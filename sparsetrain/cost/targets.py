@@ -16,6 +16,7 @@ from sparsetrain.candidates import find_candidates
 from sparsetrain.config import Kinded
 from sparsetrain.cost.energy import energy_of
 from sparsetrain.cost.hardware import Hardware
+from sparsetrain.cost.latency_table import LatencyTable, latency_table
 from sparsetrain.cost.layers import LayerUse, layers_used
 from sparsetrain.storage.container import to_bytes
 from sparsetrain.storage.files import contents_of
@@ -124,9 +125,7 @@ class Latency(_ByLayers):
 
     @field_validator("table")
     @classmethod
-    def _loaded(cls, value: Any) -> Any:
-        from sparsetrain.cost.latency_table import LatencyTable
-
+    def _loaded(cls, value: Any) -> LatencyTable | None:
         if isinstance(value, str | Path):
             return LatencyTable.load(value)
         if value is not None and not isinstance(value, LatencyTable):
@@ -137,8 +136,6 @@ class Latency(_ByLayers):
         super().prepared(model, example_inputs)
         if self.table is not None:
             return self
-        from sparsetrain.cost.latency_table import latency_table
-
         return Latency(share=self.share, table=latency_table(model, example_inputs))
 
     def of_layers(self, layers: Sequence[LayerUse]) -> float:

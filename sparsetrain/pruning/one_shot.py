@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sparsetrain.allocation import Allocation, Global, LayerShape, allocate, parse_allocation
+from sparsetrain.allocation import (
+    Allocation,
+    Global,
+    LayerShape,
+    UniformFirstDense,
+    allocate,
+    parse_allocation,
+)
 from sparsetrain.batches import Adapter
 from sparsetrain.calibration import Calibration
 from sparsetrain.candidates import Candidate, choose, unwrapped
@@ -187,7 +196,11 @@ class Plan:
     @property
     def least(self) -> int:
         """Weights that are kept at least: one of each layer, or one group."""
-        return sum(shape.quantum for shape in self.shapes)
+        counted = self.shapes
+        if isinstance(self.allocation, UniformFirstDense) and len(self.shapes) > 1:
+            counted = self.shapes[1:]  # a sparsity is that of the others there
+        least, numel = sum(s.quantum for s in counted), sum(s.numel for s in counted)
+        return math.ceil(Fraction(least, numel) * self.numel)
 
     def require_free(self, sparsity: float | None) -> None:
         """Raise ValueError if the sparsity is set already, so that a target cannot set it."""

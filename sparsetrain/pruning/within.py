@@ -93,8 +93,9 @@ def masks_within(
     best = masks_at(1 - low / numel)
     if not bound.holds(best):
         allowed, unit = bound.target.allowed(bound.whole), bound.target.unit
+        kept = sum(int(mask.count_nonzero()) for mask in best.values())
         raise ValueError(
-            f"target {bound.target.kind!r} allows {allowed:,.6g} {unit}, and with {low} weights "
+            f"target {bound.target.kind!r} allows {allowed:,.6g} {unit}, and with {kept} weights "
             f"left there are still {bound.cost(best):,.6g}: ask for more than that, or let more "
             "weights go (match)"
         )

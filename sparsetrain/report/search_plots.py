@@ -18,7 +18,7 @@ def draw_sensitivity(found: Sensitivity, path: Path) -> Path:
     figure = new_figure(1.6 + 0.62 * len(found.ratios), 1.2 + 0.3 * len(names))
     axes = figure.subplots()
     rows = [found.drops[name] for name in names]
-    worst = max(max(row) for row in rows)
+    worst = max(*(max(row) for row in rows), 1e-12)  # pruning may only have helped
     axes.imshow(rows, cmap="cividis_r", vmin=0, vmax=worst, aspect="auto")
     for y, row in enumerate(rows):
         for x, drop in enumerate(row):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
 _LEVELS = 24  # choices of a knob, beside the measured ratios
 _BINS = 20_000  # of the budget
-_PRICES = 24  # bisections of the price
+_PRICES = 16  # bisections of the price
+_PASSES = 50  # of a descent, which ends far earlier but for rounding errors
 _REACH = 3  # steps that a knob goes while another one makes up for it
 
 
@@ -42,7 +43,7 @@ def dynamic_program(
         The number of the choice in each row.
 
     Raises:
-        ValueError: not even the cheapest choices fit.
+        ValueError: not even the cheapest choices fit, or only some of infinite loss.
     """
     left = budget - sum(min(row) for row in costs)
     if left < -1e-9 * abs(budget):
@@ -59,6 +60,8 @@ def dynamic_program(
                 options[number, step:] = least[: bins + 1 - step] + loss
         taken.append(options.argmin(axis=0))
         least = options.min(axis=0)
+    if not np.isfinite(least[-1]):
+        raise ValueError("no choices of finite loss fit the budget")
     place, chosen = bins, []
     for choices, needed in zip(reversed(taken), reversed(steps), strict=True):
         number = int(choices[place])
@@ -75,10 +78,10 @@ def best_ratios(sensitivity: Sensitivity, cost: CostOf) -> dict[str, float]:
     """
     menu = _Menu(sensitivity, cost)
     cheapest = menu.cheapest
-    if not cost.holds(menu.ratios(cheapest)):
+    if not menu.holds(cheapest):
         raise ValueError(
             f"target {cost.target.kind!r} allows {cost.allowed:,.6g} {cost.target.unit}, and with "
-            f"the largest ratios there are still {cost(menu.ratios(cheapest)):,.6g}: measure the "
+            f"the largest ratios there are still {menu.price(cheapest):,.6g}: measure the "
             "sensitivity to larger ratios, or ask for more"
         )
     found = _by_program(menu) if cost.knobs.adds_up else _by_prices(menu)
@@ -103,6 +106,8 @@ class _Menu:
             name: [sensitivity.drop(name, ratio) for ratio in options]
             for name, options in self.options.items()
         }
+        self.layers = {knob.name: set(knob.layers) for knob in knobs.knobs}
+        self._known: dict[tuple[int, ...], float] = {}
 
     @property
     def cheapest(self) -> Choice:
@@ -120,23 +125,34 @@ class _Menu:
     def costs(self, choice: Choice, name: str) -> list[float]:
         """Cost for each choice of one knob, all others staying."""
         numbers = range(len(self.options[name]))
-        return [self.cost(self.ratios({**choice, name: number})) for number in numbers]
+        return [self.price({**choice, name: number}) for number in numbers]
+
+    def price(self, choice: Choice) -> float:
+        """Cost of the network, worked out once."""
+        key = tuple(choice[name] for name in self.options)
+        if key not in self._known:
+            self._known[key] = self.cost(self.ratios(choice))
+        return self._known[key]
+
+    def holds(self, choice: Choice) -> bool:
+        """Whether the network meets the target."""
+        return self.cost.target.holds(self.price(choice), self.cost.allowed)
 
 
 def _by_program(menu: _Menu) -> Choice:
     """Costs add up, or nearly so: then the budget is tightened until the real cost fits."""
     names = list(menu.options)
     start = dict.fromkeys(names, 0)
-    base = menu.cost(menu.ratios(start))
+    base = menu.price(start)
     savings = [[cost - base for cost in menu.costs(start, name)] for name in names]
     losses = [menu.losses[name] for name in names]
     least = sum(min(row) for row in savings)
     budget = menu.cost.allowed - base
     while budget > least:
         choice = dict(zip(names, dynamic_program(losses, savings, budget), strict=True))
-        excess = menu.cost(menu.ratios(choice)) - menu.cost.allowed
-        if menu.cost.holds(menu.ratios(choice)):
+        if menu.holds(choice):
             return choice
+        excess = menu.price(choice) - menu.cost.allowed
         budget -= max(excess, 1e-6 * abs(budget))
     return menu.cheapest
 
@@ -149,7 +165,7 @@ def _by_prices(menu: _Menu) -> Choice:
     for _ in range(_PRICES):
         middle = (low + high) / 2
         choice = _at_price(menu, scale * 2**middle)
-        if menu.cost.holds(menu.ratios(choice)):
+        if menu.holds(choice):
             high = middle
             best = choice if menu.loss(choice) <= menu.loss(best) else best
         else:
@@ -160,31 +176,65 @@ def _by_prices(menu: _Menu) -> Choice:
 def _at_price(menu: _Menu, price: float) -> Choice:
     """Descent, one knob at a time, until none moves."""
     choice = dict.fromkeys(menu.options, 0)
-    while True:
+    for _ in range(_PASSES):
         before = dict(choice)
         for name, losses in menu.losses.items():
             costs = menu.costs(choice, name)
             totals = [loss + price * cost for loss, cost in zip(losses, costs, strict=True)]
             choice[name] = int(np.argmin(totals))
         if choice == before:
-            return choice
+            break
+    return choice
 
 
 def _polished(menu: _Menu, choice: Choice) -> Choice:
     """As long as it lowers the loss and the target holds: one knob loses less, another one more."""
-    while True:
-        better = min(_neighbours(menu, choice), key=menu.loss, default=choice)
-        if menu.loss(better) >= menu.loss(choice) - 1e-15:
-            return choice
+    while (better := _neighbour(menu, choice)) is not None:
         choice = better
+    return choice
 
 
-def _neighbours(menu: _Menu, choice: Choice) -> Iterator[Choice]:
-    """Choices that lower the loss and meet the target."""
-    for less, more in itertools.permutations(menu.options, 2):
-        for down, up in itertools.product(range(1, _REACH + 1), range(_REACH + 1)):
-            near = {**choice, less: choice[less] - down, more: choice[more] + up}
-            inside = near[less] >= 0 and near[more] < len(menu.options[more])
-            better = inside and menu.loss(near) < menu.loss(choice)
-            if better and menu.cost.holds(menu.ratios(near)):
-                yield near
+def _neighbour(menu: _Menu, choice: Choice) -> Choice | None:
+    """The choice with the lowest loss, lower than now, that meets the target; None if none does.
+
+    What knobs without a layer in common change of the cost adds up, so that pairs of them are
+    looked at only if that is little enough.
+    """
+    moves = [_Move.of(menu, choice, name, step) for name, step in _steps(menu, choice)]
+    spare = menu.cost.allowed * (1 + 1e-6) - menu.price(choice)
+    found = []
+    for less in (move for move in moves if move.step < 0):
+        found += [(less.loss, {less.name: less.step})]
+        for more in (move for move in moves if move.step > 0 and move.name != less.name):
+            apart = not menu.layers[less.name] & menu.layers[more.name]
+            if not (apart and less.cost + more.cost > spare):
+                found.append((less.loss + more.loss, {less.name: less.step, more.name: more.step}))
+    found.sort(key=lambda entry: entry[0])
+    for loss, steps in found:
+        if loss >= -1e-12:
+            return None
+        near = {name: number + steps.get(name, 0) for name, number in choice.items()}
+        if menu.holds(near):
+            return near
+    return None
+
+
+def _steps(menu: _Menu, choice: Choice) -> Iterator[tuple[str, int]]:
+    for name, step in itertools.product(menu.options, range(-_REACH, _REACH + 1)):
+        if step and 0 <= choice[name] + step < len(menu.options[name]):
+            yield name, step
+
+
+class _Move(NamedTuple):
+    """What one knob changes by a step."""
+
+    name: str
+    step: int
+    loss: float
+    cost: float
+
+    @classmethod
+    def of(cls, menu: _Menu, choice: Choice, name: str, step: int) -> _Move:
+        losses, number = menu.losses[name], choice[name]
+        cost = menu.price({**choice, name: number + step}) - menu.price(choice)
+        return cls(name, step, losses[number + step] - losses[number], cost)

@@ -11,11 +11,12 @@ from torch import nn
 from sparsetrain.batches import Adapter
 from sparsetrain.calibration import Calibration
 from sparsetrain.candidates import unwrapped
-from sparsetrain.channels.counts import Counts, Plan
+from sparsetrain.channels.counts import Counts, Plan, check_rounding
 from sparsetrain.channels.coupling import Coupling, couplings
 from sparsetrain.channels.cutting import Cutter
 from sparsetrain.channels.methods import ChannelMethod, method_of
-from sparsetrain.channels.resizing import resized
+from sparsetrain.channels.removal import check_plain
+from sparsetrain.channels.resizing import channels_gone, resized
 from sparsetrain.cost.layers import LayerUse
 from sparsetrain.curvature.losses import LossFunction
 from sparsetrain.scores import Score
@@ -51,6 +52,8 @@ class Channels(Pruning):
         """
         if example_inputs is None:
             raise ValueError("which channels go together is traced: give example_inputs")
+        check_rounding(self.floor, self.round_to)
+        check_plain(unwrapped(model))
         return ChannelKnobs(self, unwrapped(model), example_inputs)
 
 
@@ -70,9 +73,13 @@ class ChannelKnobs(Knobs):
         super().__init__(model, example_inputs, [_knob(c, pruning.round_to) for c in self.turned])
 
     def counts(self, ratios: Ratios) -> Counts:
-        """Name of a coupling -> how many channels it keeps."""
-        asked = self.checked(ratios)
-        return self._plan(asked).at(0.0)
+        """Name of a coupling -> how many channels it keeps.
+
+        More than asked for where the last channel of a layer would go.
+        """
+        asked = self._plan(self.checked(ratios)).at(0.0)
+        gone = channels_gone(self.turned, asked, self.cutter.orders)
+        return {c.name: c.channels - len(gone.get(c.name, ())) for c in self.turned}
 
     def network(self, ratios: Ratios) -> nn.Module:
         """A smaller network."""
@@ -85,12 +92,16 @@ class ChannelKnobs(Knobs):
 
     def layers(self, ratios: Ratios) -> list[LayerUse]:
         """The model's layers with fewer channels."""
-        return resized(self.uses, self.couplings, self.counts(ratios))
+        return resized(self.uses, self.couplings, self.counts(ratios), self.cutter.orders)
 
     def describe(self) -> dict[str, Any]:
         """The method and how counts are rounded."""
         rounding = {"floor": self.pruning.floor, "round_to": self.pruning.round_to}
-        return {"channels": self.method.model_dump(), **rounding, "seed": self.pruning.seed}
+        return {
+            "channels": self.method.model_dump(mode="json"),
+            **rounding,
+            "seed": self.pruning.seed,
+        }
 
     def _plan(self, asked: Mapping[str, float]) -> Plan:
         return Plan(self.turned, asked, None, False, self.pruning.floor, self.pruning.round_to)

@@ -121,11 +121,12 @@ def _read(path: Path) -> dict[str, Evaluated]:
 
 
 def _append(path: Path, done: Evaluated) -> None:
-    with path.open("a+", encoding="utf-8") as file:
+    with path.open("ab+") as file:
         # A line that was cut short must not swallow the next one.
-        file.seek(0, os.SEEK_END)
-        if file.tell() and path.read_bytes()[-1:] != b"\n":
-            file.write("\n")
-        file.write(json.dumps(done.__dict__) + "\n")
+        if file.seek(0, os.SEEK_END):
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":
+                file.write(b"\n")
+        file.write(json.dumps(done.__dict__).encode() + b"\n")
         file.flush()
         os.fsync(file.fileno())

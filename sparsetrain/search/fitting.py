@@ -62,7 +62,8 @@ def _filled(ratios: dict[str, float], cost: CostOf) -> dict[str, float]:
         name = max(sorted(waiting), key=ratios.__getitem__)
         real = cost.knobs.rounded(ratios)[name]
         more = {**ratios, name: max(real - steps[name], 0.0)}
-        if real > 0 and cost.holds(more):
+        # Zeros that were there stay, and so may channels: then a step changes nothing.
+        if cost.knobs.rounded(more)[name] < real and cost.holds(more):
             ratios = more
         else:
             waiting.discard(name)

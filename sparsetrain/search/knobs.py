@@ -20,8 +20,11 @@ from torch import nn
 from sparsetrain.candidates import unwrapped
 from sparsetrain.config import did_you_mean
 from sparsetrain.cost.layers import LayerUse, layers_used
-from sparsetrain.cost.targets import CostTarget
+from sparsetrain.cost.targets import CostTarget, target_of
+from sparsetrain.policies import Policy, Static
 from sparsetrain.recipe import Rule
+
+_MOST = 1 - 1e-6  # of ratios for functions
 
 #: Name of a knob -> share that is removed, in [0, 1); knobs that are left out stay as they are.
 Ratios = Mapping[str, float]
@@ -47,19 +50,21 @@ class Knob:
 
 
 class Knobs(ABC):
-    """A model and its knobs. The model stays as it is."""
+    """A model and its knobs. The model stays as it is.
+
+    Attributes:
+        names: of the knobs, in the order of the model.
+    """
 
     #: Whether what a network costs is a sum over knobs, none of which depends on another.
     adds_up: ClassVar[bool] = False
 
     def __init__(self, model: nn.Module, example_inputs: Any, knobs: Sequence[Knob]) -> None:
         self.model, self.example_inputs, self.knobs = model, example_inputs, tuple(knobs)
+        self.names = tuple(knob.name for knob in knobs)
+        if not knobs or len(set(self.names)) < len(knobs):
+            raise ValueError(f"knobs need names, each another one: {', '.join(self.names)}")
         self._uses: list[LayerUse] | None = None
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Of the knobs, in the order of the model."""
-        return tuple(knob.name for knob in self.knobs)
 
     @abstractmethod
     def network(self, ratios: Ratios) -> nn.Module:
@@ -126,6 +131,10 @@ class Knobs(ABC):
         gone = sum(real[knob.name] * knob.size for knob in self.knobs)
         return gone / sum(knob.size for knob in self.knobs)
 
+    def policy(self, sparsity: float) -> Policy:
+        """What prunes in a recipe of ratios, unless another policy is given."""
+        return Static(sparsity=sparsity)
+
     def rules(self, ratios: Ratios) -> tuple[Rule, ...]:
         """The ratios as rules of a recipe; what is not pruned stays dense."""
         return tuple(
@@ -156,8 +165,8 @@ class CostOf:
         allowed: the most that it may cost.
     """
 
-    def __init__(self, target: CostTarget, knobs: Knobs) -> None:
-        self.target = target.prepared(knobs.model, knobs.example_inputs)
+    def __init__(self, target: CostTarget | Mapping[str, Any], knobs: Knobs) -> None:
+        self.target = target_of(target).prepared(knobs.model, knobs.example_inputs)
         self.knobs = knobs
         self.whole = self.target.whole(knobs.model, knobs.example_inputs)
         self.allowed = self.target.allowed(self.whole)
@@ -197,11 +206,14 @@ class FunctionKnobs(Knobs):
     def network(self, ratios: Ratios) -> nn.Module:
         """What the function makes of a copy."""
         copied = copy.deepcopy(self.model)
-        return self.function(copied, self.checked(ratios)) or copied
+        made = self.function(copied, self.rounded(ratios))
+        if made is not None and not isinstance(made, nn.Module):
+            raise TypeError(f"the pruning function has to return a model or None, not {made!r}")
+        return copied if made is None else made
 
     def rounded(self, ratios: Ratios) -> dict[str, float]:
-        """To six decimals."""
-        return {name: round(ratio, 6) for name, ratio in self.checked(ratios).items()}
+        """To six decimals, which is also what the function gets."""
+        return {name: min(round(r, 6), _MOST) for name, r in self.checked(ratios).items()}
 
     def describe(self) -> dict[str, Any]:
         """The function's name."""

@@ -106,7 +106,7 @@ def max_sparsity(
         along: the path that is searched: the same ratio everywhere ("uniform"), one threshold for
             the scores of all layers ("ranked", for weights), one threshold for the drops that a
             sensitivity has measured, or a function from a place in [0, 1] to ratios.
-        most: the largest share that is tried, in (0, 1).
+        most: the largest share that "uniform" and "ranked" try, in (0, 1).
         resolution: of the path, at which the search ends.
         repeats: evaluations of each network, whose mean counts.
         folder: where evaluations are kept; the same call goes on where it was stopped.
@@ -115,14 +115,15 @@ def max_sparsity(
     Raises:
         ValueError: arguments that do not fit each other or the model.
     """
-    if tolerance < 0 or not 0 < most < 1 or not 0 < resolution < 1 or repeats < 1:
+    if not tolerance >= 0 or not 0 < most < 1 or not 0 < resolution < 1 or repeats < 1:
         raise ValueError(
             f"tolerance={tolerance} must be 0 or more, most={most} and resolution={resolution} in "
             f"(0, 1), repeats={repeats} 1 or more"
         )
     knobs = pruning_of(prune).bind(model, example_inputs)
-    looks = _Looks(Evaluations(knobs, evaluate, folder), repeats, tolerance)
     at = _path(along, knobs, most)
+    knobs.checked(at(1.0))  # before anything is evaluated
+    looks = _Looks(Evaluations(knobs, evaluate, folder), repeats, tolerance)
     low, high, place = 0.0, 1.0, 1.0
     steps = math.ceil(math.log2(1 / resolution)) + 1
     for _ in tracked(range(steps), "search for the highest sparsity", progress=progress):
@@ -150,7 +151,9 @@ class _Looks:
         metric, share = self._metric(ratios), self.evaluations.knobs.share(ratios)
         self.tried.append((share, metric))
         if metric >= self.baseline - self.tolerance:
-            self.kept.append((share, dict(ratios)))
+            kept = (share, self.evaluations.knobs.rounded(ratios))
+            if kept not in self.kept:
+                self.kept.append(kept)
             return True
         return False
 
@@ -162,7 +165,7 @@ class _Looks:
             if done.metric >= self.baseline - self.tolerance:
                 return self._result(network, done.ratios, share, done.metric)
         network = copy.deepcopy(knobs.model)
-        return self._result(network, knobs.uniform(0.0), 0.0, self.baseline)
+        return self._result(network, knobs.rounded({}), knobs.share({}), self.baseline)
 
     def _metric(self, ratios: Ratios) -> float:
         looks = (self.evaluations.of(ratios, number).metric for number in range(self.repeats))

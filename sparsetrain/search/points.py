@@ -11,7 +11,7 @@ from rich.table import Table
 from torch import nn
 
 from sparsetrain.cost.targets import CostTarget
-from sparsetrain.policies import Policy, Static
+from sparsetrain.policies import Policy
 from sparsetrain.recipe import Recipe
 from sparsetrain.report.text import as_text
 from sparsetrain.search.knobs import Knobs, Ratios
@@ -121,6 +121,7 @@ def recipe_of(knobs: Knobs, ratios: Ratios, policy: Policy | None = None) -> Rec
     `st.channels.prune(..., rules=recipe.rules)`.
 
     Args:
-        policy: that prunes; its sparsity is replaced by those of the rules. A fixed mask when None.
+        policy: that prunes; its sparsity is replaced by those of the rules. When None a fixed mask,
+            by the score of the search if that needs no data.
     """
-    return Recipe(policy=policy or Static(sparsity=knobs.share(ratios)), rules=knobs.rules(ratios))
+    return Recipe(policy=policy or knobs.policy(knobs.share(ratios)), rules=knobs.rules(ratios))

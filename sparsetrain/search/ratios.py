@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,7 +14,7 @@ from sparsetrain.report.progress import tracked
 from sparsetrain.scores import Score
 from sparsetrain.search.evaluations import Evaluate, Evaluations
 from sparsetrain.search.fitting import fitted
-from sparsetrain.search.knobs import CostOf, Knobs, Pruning, Ratios
+from sparsetrain.search.knobs import CostOf, Pruning, Ratios
 from sparsetrain.search.points import Point, SearchResult
 from sparsetrain.search.weights import pruning_of
 
@@ -28,8 +29,8 @@ def ratios(
     prune: Pruning | Score | str = "magnitude",
     example_inputs: Any = None,
     method: Method = "evolution",
-    target: CostTarget | None = None,
-    cost: CostTarget | None = None,
+    target: CostTarget | Mapping[str, Any] | None = None,
+    cost: CostTarget | Mapping[str, Any] | None = None,
     trials: int = 200,
     choices: Sequence[float] | None = None,
     most: float = 0.95,
@@ -66,19 +67,21 @@ def ratios(
         ImportError: Optuna is not installed.
         ValueError: arguments that do not fit each other or the model, a target that cannot be met.
     """
-    knobs = pruning_of(prune).bind(model, example_inputs)
     _check(method, target, cost, choices, most, trials)
+    knobs = pruning_of(prune).bind(model, example_inputs)
     measure = CostOf(target or cost or Flops(1.0), knobs)
     evaluations = Evaluations(knobs, evaluate, folder)
-    study = _study(method, target, knobs, choices, population, seed)
-    if target is not None:
-        study.enqueue_trial(dict.fromkeys(knobs.names, _nearest(most / 2, choices)))
-    for first in [*start, *(knobs.uniform(r) for r in (() if target else _STARTS))]:
-        asked = {name: _nearest(ratio, choices) for name, ratio in knobs.checked(first).items()}
-        study.enqueue_trial(asked)
-    total = len(choices) ** len(knobs.names) if method == "grid" and choices else trials
+    choices = None if choices is None else sorted(set(choices))
+    study = _study(method, target is not None, population, seed)
+    if method == "grid" and choices is not None:
+        first, trials = _grid(knobs.names, choices), len(choices) ** len(knobs.names)
+    else:
+        uniform = [knobs.uniform(ratio) for ratio in ((most / 2,) if target else _STARTS)]
+        first = iter([_nearest(knobs.checked(one), choices) for one in [*uniform, *start]])
     found: dict[str, Point] = {}
-    for _ in tracked(range(total), f"search by {method}", progress=progress):
+    for _ in tracked(range(trials), f"search by {method}", progress=progress):
+        if (fixed := next(first, None)) is not None:
+            study.enqueue_trial(fixed)
         trial = study.ask()
         asked = {name: _suggested(trial, name, choices, most) for name in knobs.names}
         given = asked if target is None else fitted(asked, measure, most)
@@ -93,16 +96,16 @@ def ratios(
 
 def _check(
     method: str,
-    target: CostTarget | None,
-    cost: CostTarget | None,
+    target: CostTarget | Mapping[str, Any] | None,
+    cost: CostTarget | Mapping[str, Any] | None,
     choices: Sequence[float] | None,
     most: float,
     trials: int,
 ) -> None:
     if method not in ("grid", "evolution", "tpe", "cma_es", "random"):
         raise ValueError(f"method={method!r} is not one of grid, evolution, tpe, cma_es, random")
-    if method == "grid" and choices is None:
-        raise ValueError("method='grid' needs choices, the ratios that a knob can have")
+    if (choices is None and method == "grid") or (choices is not None and not choices):
+        raise ValueError("method='grid' needs choices, and choices one ratio or more")
     if method == "cma_es" and (target is None or choices is not None):
         raise ValueError("method='cma_es' needs a target, and no choices")
     if target is not None and cost is not None:
@@ -115,9 +118,7 @@ def _check(
 
 def _study(
     method: str,
-    target: CostTarget | None,
-    knobs: Knobs,
-    choices: Sequence[float] | None,
+    one_goal: bool,
     population: int,
     seed: int,
 ) -> Any:
@@ -128,21 +129,23 @@ def _study(
             "searching for ratios needs Optuna: pip install 'sparsetrain[search]'"
         ) from error
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    space = {name: list(choices or ()) for name in knobs.names}
     samplers = optuna.samplers
     sampler: Any
-    if method == "grid":
-        sampler = samplers.GridSampler(space, seed=seed)
-    elif method == "evolution":
+    if method == "evolution":
         sampler = samplers.NSGAIISampler(population_size=population, seed=seed)
     elif method == "tpe":
         sampler = samplers.TPESampler(seed=seed, multivariate=True)
     elif method == "cma_es":
         sampler = samplers.CmaEsSampler(seed=seed)
-    else:
+    else:  # of a grid nothing is left to it
         sampler = samplers.RandomSampler(seed=seed)
-    directions: Any = ["maximize"] if target is not None else ["maximize", "minimize"]
+    directions: Any = ["maximize"] if one_goal else ["maximize", "minimize"]
     return optuna.create_study(sampler=sampler, directions=directions)
+
+
+def _grid(names: Sequence[str], choices: Sequence[float]) -> Iterator[dict[str, float]]:
+    for values in itertools.product(choices, repeat=len(names)):
+        yield dict(zip(names, values, strict=True))
 
 
 def _suggested(trial: Any, name: str, choices: Sequence[float] | None, most: float) -> float:
@@ -151,5 +154,7 @@ def _suggested(trial: Any, name: str, choices: Sequence[float] | None, most: flo
     return float(trial.suggest_categorical(name, list(choices)))
 
 
-def _nearest(ratio: float, choices: Sequence[float] | None) -> float:
-    return ratio if choices is None else min(choices, key=lambda choice: abs(choice - ratio))
+def _nearest(ratios: dict[str, float], choices: Sequence[float] | None) -> dict[str, float]:
+    if choices is None:
+        return ratios
+    return {n: min(choices, key=lambda one: abs(one - ratio)) for n, ratio in ratios.items()}

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,7 @@ def sensitivity(
     Raises:
         ValueError: arguments that do not fit each other or the model, a folder of another model.
     """
-    levels = tuple(sorted(float(ratio) for ratio in ratios))
+    levels = tuple(sorted({float(ratio) for ratio in ratios}))
     if not levels or not all(0 < ratio < 1 for ratio in levels):
         raise ValueError(f"ratios={list(levels)} must be shares to remove, in (0, 1)")
     knobs = pruning_of(prune).bind(model, example_inputs)
@@ -96,16 +97,17 @@ class Sensitivity:
     def drop(self, name: str, ratio: float) -> float:
         """How much the metric falls, between the measured ratios in proportion.
 
+        Ratios count as they are rounded, to whole channels say.
+
         A noisy metric may rise with a ratio; here it never does: a drop counts from where it was
         seen on. Beyond the largest ratio the drop is unknown, and infinite.
         """
-        if ratio > self.ratios[-1] * (1 + 1e-9):
-            return float("inf")
-        levels, drops = self._curve(name)
-        return float(np.interp(ratio, levels, drops))
+        levels, drops = self._curves[name]
+        real = self.knobs.rounded({name: ratio})[name]
+        return float("inf") if real > levels[-1] + 1e-9 else float(np.interp(real, levels, drops))
 
     def suggest(
-        self, target: CostTarget | None = None, *, drop: float | None = None
+        self, target: CostTarget | Mapping[str, Any] | None = None, *, drop: float | None = None
     ) -> dict[str, float]:
         """A ratio for each knob: as much as goes before any layer drops more than the others.
 
@@ -113,7 +115,7 @@ class Sensitivity:
 
         Args:
             target: what the network may cost; the threshold is as low as will do.
-            drop: instead, the threshold itself, in units of the metric.
+            drop: instead, the threshold itself, in units of the metric, 0 or more.
 
         Raises:
             ValueError: neither or both are given, or the target cannot be met with the ratios that
@@ -124,16 +126,18 @@ class Sensitivity:
         if target is not None:
             return least_that_holds(self.path, CostOf(target, self.knobs))
         assert drop is not None
+        if not drop >= 0:
+            raise ValueError(f"drop={drop} must be 0 or more")
         return {name: self._largest(name, drop) for name in self.knobs.names}
 
     def path(self, place: float) -> dict[str, float]:
         """Ratios for a place in [0, 1]: from no pruning over no drop to the largest drop."""
         if place <= 0.5:
             return {n: 2 * place * self._largest(n, 0.0) for n in self.knobs.names}
-        worst = max(max(self._curve(name)[1]) for name in self.knobs.names)
+        worst = max(drops[-1] for _, drops in self._curves.values())
         return self.suggest(drop=(2 * place - 1) * worst)
 
-    def optimise(self, target: CostTarget) -> dict[str, float]:
+    def optimise(self, target: CostTarget | Mapping[str, Any]) -> dict[str, float]:
         """The ratios with the lowest sum of drops among those that meet a target.
 
         By dynamic programming where the costs of layers add up (Frantar & Alistarh 2022, "SPDY",
@@ -177,14 +181,20 @@ class Sensitivity:
     def __str__(self) -> str:
         return as_text(self)
 
+    @cached_property
+    def _curves(self) -> dict[str, tuple[list[float], list[float]]]:
+        """Name of a knob -> ratios that it really had, and the largest drop so far at each."""
+        return {name: self._curve(name) for name in self.knobs.names}
+
     def _curve(self, name: str) -> tuple[list[float], list[float]]:
-        """Ratios from 0 on, and the largest drop so far at each."""
+        levels = [self.knobs.rounded({name: ratio})[name] for ratio in (0.0, *self.ratios)]
         drops = np.maximum.accumulate([0.0, *self.drops[name]])
-        return [0.0, *self.ratios], [float(value) for value in drops]
+        seen = dict(zip(levels, drops.tolist(), strict=True))  # the same ratio, the same network
+        return list(seen), list(seen.values())
 
     def _largest(self, name: str, drop: float) -> float:
         """The largest ratio whose drop is no more than this."""
-        levels, drops = self._curve(name)
+        levels, drops = self._curves[name]
         last = max(number for number, value in enumerate(drops) if value <= drop)
         if last == len(levels) - 1:
             return levels[-1]

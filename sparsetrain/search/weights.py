@@ -13,17 +13,18 @@ from torch import Tensor, nn
 from sparsetrain.allocation import Explicit
 from sparsetrain.batches import Adapter
 from sparsetrain.calibration import Calibration
-from sparsetrain.candidates import Candidate, choose, unwrapped
+from sparsetrain.candidates import Candidate, choose, find_candidates, unwrapped
 from sparsetrain.cost.layers import LayerUse
 from sparsetrain.curvature.losses import LossFunction
+from sparsetrain.policies import Policy, Static
 from sparsetrain.pruning.one_shot import Plan
 from sparsetrain.pruning.result import PruneResult
-from sparsetrain.pruning.within import densities, thinned
-from sparsetrain.scores import Score
+from sparsetrain.pruning.within import thinned
+from sparsetrain.recipe import Rule
+from sparsetrain.scores import Magnitude, Score
 from sparsetrain.scoring import measured
 from sparsetrain.search.knobs import Knob, Knobs, Pruning, Ratios
-from sparsetrain.selection import top_k_across
-from sparsetrain.structures import Structure, parse_structure
+from sparsetrain.structures import NM, Structure, Unstructured, parse_structure
 
 
 @dataclass(frozen=True)
@@ -65,11 +66,14 @@ class WeightKnobs(Knobs):
         self.pruning, self.score = pruning, Score.build(pruning.score)
         if self.score.per_channel or self.score.pruning_rounds > 1:
             raise ValueError(f"{self.score.title} does not score single weights in one round")
+        self.structure = parse_structure(pruning.structure)
+        if isinstance(self.structure, NM):
+            raise ValueError("an n:m structure sets the sparsity itself: nothing is left to search")
         self.candidates = choose(model, pruning.match)
         given = Calibration(pruning.calibration, pruning.loss_fn, pruning.adapter, pruning.seed)
         self.scores = measured(model, self.score, self.candidates, given)
         self.start = {c.name: c.param.detach() != 0 for c in self.candidates}
-        self.structure = parse_structure(pruning.structure)
+        self._nonzeros = {name: int(mask.count_nonzero()) for name, mask in self.start.items()}
         super().__init__(model, example_inputs, [_knob(c, self.structure) for c in self.candidates])
 
     def masks(self, ratios: Ratios) -> dict[str, Tensor]:
@@ -84,7 +88,8 @@ class WeightKnobs(Knobs):
     def rounded(self, ratios: Ratios) -> dict[str, float]:
         """Whole weights are kept, and zeros that were there stay."""
         counts = self._plan(ratios).counts(None)
-        kept = {n: min(count, int(self.start[n].count_nonzero())) for n, count in counts.items()}
+        # A layer of zeros alone counts as if it had one weight, so that its ratio is below 1.
+        kept = {name: max(min(count, self._nonzeros[name]), 1) for name, count in counts.items()}
         return {knob.name: 1 - kept[knob.name] / knob.size for knob in self.knobs}
 
     def layers(self, ratios: Ratios) -> list[LayerUse]:
@@ -93,15 +98,31 @@ class WeightKnobs(Knobs):
 
     def ranked(self, share: float) -> dict[str, float]:
         """By one threshold for the scores of all layers."""
-        kept = max(round((1 - share) * sum(knob.size for knob in self.knobs)), 1)
-        masks = top_k_across(self.scores, kept)
-        most = {knob.name: 1 - 1 / knob.size for knob in self.knobs}  # a weight stays
-        gone = {name: 1 - density for name, density in densities(masks).items()}
-        return {name: min(ratio, most[name]) for name, ratio in gone.items()}
+        numel = sum(knob.size for knob in self.knobs)
+        most = 1 - len(self.knobs) / numel  # a weight of each layer stays
+        masks = Plan(self.candidates, "global", Unstructured(), None).masks(
+            self.scores, self.start, min(share, most)
+        )
+        kept = {name: max(int(mask.count_nonzero()), 1) for name, mask in masks.items()}
+        return {knob.name: 1 - kept[knob.name] / knob.size for knob in self.knobs}
+
+    def policy(self, sparsity: float) -> Policy:
+        """A fixed mask by the same score, or by magnitude where it needs data."""
+        score = self.score if self.score.data == "none" else Magnitude()
+        return Static(sparsity=sparsity, score=score, structure=self.structure)
+
+    def rules(self, ratios: Ratios) -> tuple[Rule, ...]:
+        """The ratios; other weights that a policy would take stay dense."""
+        others = [c.name for c in find_candidates(self.model) if c.is_default]
+        dense = [Rule(match=glob.escape(n), dense=True) for n in others if n not in self.names]
+        return (*super().rules(ratios), *dense)
 
     def describe(self) -> dict[str, Any]:
         """The score and the structure."""
-        dumped = {"score": self.score.model_dump(), "structure": self.structure.model_dump()}
+        dumped = {
+            "score": self.score.model_dump(mode="json"),
+            "structure": self.structure.model_dump(mode="json"),
+        }
         return {"weights": dumped, "seed": self.pruning.seed}
 
     def _plan(self, ratios: Ratios) -> Plan:

@@ -1,0 +1,1 @@
+"""What latency tables are made of: measuring layers and networks, and reading between points."""
