@@ -1,6 +1,6 @@
 """sparsetrain: declarative sparse training for PyTorch."""
 
-from sparsetrain import channels, cost, curvature, storage
+from sparsetrain import channels, cost, curvature, search, storage
 from sparsetrain.allocation import (
     ErdosRenyi,
     ErdosRenyiKernel,
@@ -19,6 +19,7 @@ from sparsetrain.cost.targets import (
     Parameters,
 )
 from sparsetrain.exporting import OnnxResult, export_onnx
+from sparsetrain.finetuning import Distillation, Finetune, distill
 from sparsetrain.optimizer import SparseOptimizer
 from sparsetrain.policies import (
     SET,
@@ -89,11 +90,13 @@ __all__ = [
     "CompressionRate",
     "ConstantFanIn",
     "CostTarget",
+    "Distillation",
     "DynamicNetworkSurgery",
     "Energy",
     "ErdosRenyi",
     "ErdosRenyiKernel",
     "Explicit",
+    "Finetune",
     "Fisher",
     "Flops",
     "GateFisher",
@@ -143,6 +146,7 @@ __all__ = [
     "compress",
     "cost",
     "curvature",
+    "distill",
     "export_onnx",
     "optimal_brain_surgeon",
     "owl",
@@ -150,6 +154,7 @@ __all__ = [
     "prune_iteratively",
     "rewind",
     "score",
+    "search",
     "sparsegpt",
     "storage",
 ]
