@@ -167,16 +167,16 @@ def test_bad_arguments(ask: Any, message: str) -> None:
         ask(SENSITIVITY)
 
 
-WEIGHTS: list[Any] = [
-    Weights(),
-    Weights("random", seed=3),
-    Weights(structure="constant_fan_in"),
-    Weights(match=["conv", "hidden"]),
-    Weights("taylor", calibration=[batch(0)], loss_fn=nn.functional.cross_entropy),
-]
+WEIGHTS = {
+    "magnitude": Weights(),
+    "random": Weights("random", seed=3),
+    "constant fan-in": Weights(structure="constant_fan_in"),
+    "some layers": Weights(match=["conv", "hidden"]),
+    "taylor": Weights("taylor", calibration=[batch(0)], loss_fn=nn.functional.cross_entropy),
+}
 
 
-@pytest.mark.parametrize("prune", WEIGHTS, ids=str)
+@pytest.mark.parametrize("prune", WEIGHTS.values(), ids=WEIGHTS)
 def test_a_recipe_in_a_file_makes_the_network(prune: Weights, tmp_path: Any) -> None:
     """Exactly its counts, other weights dense; by magnitude its very masks."""
     model = SmallNet()
