@@ -46,7 +46,7 @@ BUSY = (
 )
 CONFIGURATIONS, STEP = 40, 8
 #: Of a pair of networks: rounds, and seconds of a round at least.
-ROUNDS, SECONDS = 11, 0.01
+ROUNDS, SECONDS = 21, 0.01
 #: glibc keeps freed memory. It would give it back in ways that depend on what ran before, and
 #: zeroing pages anew takes up to a third of a pass.
 KEEP_FREED = {"MALLOC_MMAP_THRESHOLD_": str(4 << 30), "MALLOC_TRIM_THRESHOLD_": str(4 << 30)}

@@ -190,6 +190,17 @@ def test_what_is_before_a_layer_matters_in_a_network_too(monkeypatch: pytest.Mon
         assert difference == pytest.approx(factor * (csr - dense))
 
 
+def test_a_storage_that_is_slower_alone_gains_nothing_from_not_being_tried(monkeypatch) -> None:
+    def alone(use: LayerUse, case: Case) -> float:
+        return 6e-6 if case.storage == "csr" else 5e-6
+
+    machine = FakeMachine(network(), X, alone, colder=3.0).install(monkeypatch)
+    table = table_of(machine)
+    assert all(sized.storages == ["dense", "dense"] for sized in machine.networks)
+    assert table.storage_of(first(20, 28, 0.1)) == "dense"
+    assert table.layer_seconds(first(20, 28, 0.1), "csr") == pytest.approx(18e-6)
+
+
 def test_layers_count_in_seconds_of_the_whole_network() -> None:
     """A shape that was measured while the machine was twice as slow."""
     use = dataclasses.replace(first(4, 4), name="", layer="")

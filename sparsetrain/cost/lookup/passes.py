@@ -86,6 +86,8 @@ class _Pass:
 
     def __init__(self, network: Sized, inputs: Any, clock: Clock) -> None:
         self.network, self.inputs, self.clock = network, inputs, clock
+        named = network.model.named_modules()
+        self.layers = [(name, module) for name, module in named if isinstance(module, _PRODUCTS)]
         self.calls = 1  # of a round
         self.totals: list[float] = []
         self.spans: list[list[float]] = []  # of each call: before, layer, rest, layer, rest ...
@@ -99,14 +101,14 @@ class _Pass:
 
     def run(self) -> None:
         self._call()  # what others have left in caches is no matter
-        self.totals.append(mean_seconds(self._call, self.calls, self.clock))
-        with self._watched():
-            for _ in range(self.calls):
+        for _ in range(self.calls):  # in turn, since it takes many calls to fill large caches
+            self.totals.append(mean_seconds(self._call, 1, self.clock))
+            with self._watched():
                 self.names.clear()
                 self.marks = [self.clock.mark()]
                 self._call()
                 self.marks.append(self.clock.mark())
-                self.spans.append(self.clock.spans(self.marks))
+            self.spans.append(self.clock.spans(self.marks))
 
     def _call(self) -> None:
         called(self.network.model, self.inputs)
@@ -115,9 +117,8 @@ class _Pass:
     def _watched(self) -> Iterator[None]:
         """Marks before and after each layer. Hooks would take several times as long as this."""
         with ExitStack() as undo:
-            for name, module in self.network.model.named_modules():
-                if isinstance(module, _PRODUCTS):
-                    self._watch(name, module, undo)
+            for name, module in self.layers:
+                self._watch(name, module, undo)
             yield
 
     def _watch(self, name: str, module: nn.Module, undo: ExitStack) -> None:

@@ -129,8 +129,20 @@ class UseLatency:
             alone = self.shape.dense(use) * (self.shape.after_csr if after_csr else 1.0)
         if alone is None:
             return None
-        found = self._in_network.get((storage, after_csr))
-        return (found or self._in_network.get((storage, False), InNetwork()))(alone)
+        return self._factors_of(storage, after_csr)(alone)
+
+    def _factors_of(self, storage: Storage, after_csr: bool) -> InNetwork:
+        """Where no network had the layer so, those of the most similar case.
+
+        A storage that is slower by itself is in no network. Without a factor it would look
+        quicker than one that has got its own.
+        """
+        other: Storage = "dense" if storage == "csr" else "csr"
+        nearest = [
+            (held, after) for held in (storage, other) for after in (after_csr, not after_csr)
+        ]
+        found = (self._in_network[case] for case in nearest if case in self._in_network)
+        return next(found, InNetwork())
 
     def rest(self, use: LayerUse, storage: Storage) -> float:
         """Seconds to the next layer."""
