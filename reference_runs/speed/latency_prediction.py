@@ -45,8 +45,9 @@ BUSY = (
     "others do to the caches still counts. To be measured again on an idle one."
 )
 CONFIGURATIONS, STEP = 40, 8
-#: Of a pair of networks: rounds, and seconds of a round at least.
-ROUNDS, SECONDS = 21, 0.01
+#: Of a pair of networks: rounds, and seconds of a round at least. Weights of several megabytes are
+#: in the third-level cache only after many calls.
+ROUNDS, SECONDS = 9, 0.05
 #: glibc keeps freed memory. It would give it back in ways that depend on what ran before, and
 #: zeroing pages anew takes up to a third of a pass.
 KEEP_FREED = {"MALLOC_MMAP_THRESHOLD_": str(4 << 30), "MALLOC_TRIM_THRESHOLD_": str(4 << 30)}
@@ -214,6 +215,8 @@ def plot(rows: Sequence[common.Record], path: Path) -> None:
     """Predicted against measured, a panel a network and batch."""
     figure = plots.new_figure(11.0, 5.6)
     panels = figure.subplots(2, -(-len(rows) // 2), squeeze=False).flat
+    for ax in panels[len(rows) :]:
+        ax.set_visible(False)
     for ax, row in zip(panels, rows, strict=False):
         both = [*row["predicted [ms]"], *row["measured [ms]"]]
         ends = [0.95 * min(both), 1.05 * max(both)]

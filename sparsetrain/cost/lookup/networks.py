@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +26,7 @@ def narrower(
     """Copies with fewer channels, so that each layer is seen in each width of its axis.
 
     Layers get their widths in different orders, drawn with a fixed seed. Empty if torch-pruning is
-    not installed, or channels cannot be removed.
+    not installed; with a warning, too, if channels cannot be removed.
     """
     from sparsetrain.channels import couplings  # which knows costs itself
 
@@ -38,7 +39,14 @@ def narrower(
         for network in networks:
             with evaluation_mode(network), torch.no_grad():
                 called(network, example_inputs)
-    except (ImportError, ValueError, RuntimeError):
+    except ImportError:
+        return []
+    except (ValueError, RuntimeError) as error:
+        warnings.warn(
+            f"no narrower copies of the network could be timed ({error}): with fewer channels, "
+            "predictions know of the layers alone",
+            stacklevel=2,
+        )
         return []
     return networks
 
