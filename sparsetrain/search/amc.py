@@ -15,11 +15,9 @@ from torch import nn
 
 from sparsetrain.cost.targets import CostTarget
 from sparsetrain.report.progress import tracked
-from sparsetrain.scores import Score
 from sparsetrain.search.evaluations import Evaluate, Evaluations
-from sparsetrain.search.knobs import Pruning
 from sparsetrain.search.points import Point, SearchResult
-from sparsetrain.search.weights import pruning_of
+from sparsetrain.search.weights import Prunes, pruning_of
 
 if TYPE_CHECKING:
     from sparsetrain.search.amc_environment import Outcome, RewardKind
@@ -47,7 +45,7 @@ def amc(
     model: nn.Module,
     evaluate: Evaluate,
     *,
-    prune: Pruning | Score | str = "magnitude",
+    prune: Prunes = "magnitude",
     example_inputs: Any = None,
     target: CostTarget | None = None,
     reward: RewardKind = "accuracy",

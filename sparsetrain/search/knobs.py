@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from sparsetrain.candidates import unwrapped
+from sparsetrain.candidates import choose, unwrapped
 from sparsetrain.config import did_you_mean
 from sparsetrain.cost.layers import LayerUse, layers_used
 from sparsetrain.cost.targets import CostTarget, target_of
@@ -236,12 +236,15 @@ class ByFunction(Pruning):
     Attributes:
         function: takes a copy of the model and a ratio for every name; changes the copy in place,
             or returns another model.
-        names: of layers or weights that have a ratio each.
+        names: of layers or weights that have a ratio each; all Linear and Conv weights that train
+            when None.
     """
 
     function: PruneFunction
-    names: Sequence[str]
+    names: Sequence[str] | None = None
 
     def bind(self, model: nn.Module, example_inputs: Any) -> FunctionKnobs:
         """Knobs for the names."""
-        return FunctionKnobs(self.function, unwrapped(model), example_inputs, self.names)
+        model = unwrapped(model)
+        names = [c.name for c in choose(model, None)] if self.names is None else self.names
+        return FunctionKnobs(self.function, model, example_inputs, names)

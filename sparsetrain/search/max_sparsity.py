@@ -17,12 +17,11 @@ from sparsetrain.policies import Policy
 from sparsetrain.recipe import Recipe
 from sparsetrain.report.progress import tracked
 from sparsetrain.report.text import as_text
-from sparsetrain.scores import Score
 from sparsetrain.search.evaluations import Evaluate, Evaluations
-from sparsetrain.search.knobs import Knobs, Pruning, Ratios
+from sparsetrain.search.knobs import Knobs, Ratios
 from sparsetrain.search.points import recipe_of
 from sparsetrain.search.sensitivity import Sensitivity
-from sparsetrain.search.weights import pruning_of
+from sparsetrain.search.weights import Prunes, pruning_of
 
 #: Ratios for a place in [0, 1], from no pruning to the most.
 RatioPath = Callable[[float], Ratios]
@@ -81,7 +80,7 @@ def max_sparsity(
     evaluate: Evaluate,
     tolerance: float,
     *,
-    prune: Pruning | Score | str = "magnitude",
+    prune: Prunes = "magnitude",
     example_inputs: Any = None,
     along: Literal["uniform", "ranked"] | Sensitivity | RatioPath = "uniform",
     most: float = 0.99,

@@ -11,12 +11,11 @@ from torch import nn
 
 from sparsetrain.cost.targets import CostTarget, Flops
 from sparsetrain.report.progress import tracked
-from sparsetrain.scores import Score
 from sparsetrain.search.evaluations import Evaluate, Evaluations
 from sparsetrain.search.fitting import fitted
-from sparsetrain.search.knobs import CostOf, Pruning, Ratios
+from sparsetrain.search.knobs import CostOf, Ratios
 from sparsetrain.search.points import Point, SearchResult
-from sparsetrain.search.weights import pruning_of
+from sparsetrain.search.weights import Prunes, pruning_of
 
 Method = Literal["grid", "evolution", "tpe", "cma_es", "random"]
 _STARTS = (0.3, 0.5, 0.7)  # uniform ratios that a search without a target begins with
@@ -26,7 +25,7 @@ def ratios(
     model: nn.Module,
     evaluate: Evaluate,
     *,
-    prune: Pruning | Score | str = "magnitude",
+    prune: Prunes = "magnitude",
     example_inputs: Any = None,
     method: Method = "evolution",
     target: CostTarget | Mapping[str, Any] | None = None,

@@ -17,12 +17,11 @@ from sparsetrain.policies import Policy
 from sparsetrain.recipe import Recipe
 from sparsetrain.report.progress import tracked
 from sparsetrain.report.text import as_text
-from sparsetrain.scores import Score
 from sparsetrain.search.evaluations import Evaluate, Evaluations
 from sparsetrain.search.fitting import least_that_holds
-from sparsetrain.search.knobs import CostOf, Knobs, Pruning
+from sparsetrain.search.knobs import CostOf, Knobs
 from sparsetrain.search.points import recipe_of
-from sparsetrain.search.weights import pruning_of
+from sparsetrain.search.weights import Prunes, pruning_of
 
 RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 
@@ -32,7 +31,7 @@ def sensitivity(
     evaluate: Evaluate,
     ratios: Sequence[float] = RATIOS,
     *,
-    prune: Pruning | Score | str = "magnitude",
+    prune: Prunes = "magnitude",
     example_inputs: Any = None,
     folder: Path | str | None = None,
     progress: bool = False,
@@ -47,8 +46,8 @@ def sensitivity(
         evaluate: takes a pruned copy of the model, and returns its metric: a number that is larger
             for better networks.
         ratios: shares to remove, in (0, 1).
-        prune: `st.search.Weights(...)`, `st.search.Channels(...)`, `st.search.ByFunction(...)`, or
-            a score of weights or its name.
+        prune: `st.search.Weights(...)`, `st.search.Channels(...)`, `st.search.ByFunction(...)`, a
+            score of weights or its name, or a function of a copy of the model and ratios.
         example_inputs: for channels and for costs: a tensor, a tuple of positional or a mapping of
             keyword arguments, for one call of the model.
         folder: where evaluations are kept; the same call goes on where it was stopped.

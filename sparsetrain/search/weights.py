@@ -23,8 +23,18 @@ from sparsetrain.pruning.within import thinned
 from sparsetrain.recipe import Rule
 from sparsetrain.scores import Magnitude, Score
 from sparsetrain.scoring import measured
-from sparsetrain.search.knobs import Knob, Knobs, Pruning, Ratios
+from sparsetrain.search.knobs import (
+    ByFunction,
+    Knob,
+    Knobs,
+    PruneFunction,
+    Pruning,
+    Ratios,
+)
 from sparsetrain.structures import NM, Structure, Unstructured, parse_structure
+
+#: What says how ratios become a network.
+Prunes = Pruning | PruneFunction | Score | str
 
 
 @dataclass(frozen=True)
@@ -137,17 +147,19 @@ def _knob(candidate: Candidate, structure: Structure) -> Knob:
     return Knob(candidate.name, size, tuple(modules), step)
 
 
-def pruning_of(value: Pruning | Score | str) -> Pruning:
-    """A way of pruning from itself, or from a score of weights or its name.
+def pruning_of(value: Prunes) -> Pruning:
+    """A way of pruning from itself, a score of weights or its name, or a function of ratios.
 
     Raises:
-        TypeError: it is neither.
+        TypeError: it is none of these.
     """
     if isinstance(value, Pruning):
         return value
     if isinstance(value, Score | str):
         return Weights(Score.build(value))
+    if callable(value):
+        return ByFunction(value)
     raise TypeError(
         "prune must be st.search.Weights(...), Channels(...), ByFunction(...), a score or its "
-        f"name, not {value!r}"
+        f"name, or a function of a model and ratios, not {value!r}"
     )

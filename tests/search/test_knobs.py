@@ -19,6 +19,7 @@ from torch import nn
 import sparsetrain as st
 from sparsetrain.cost.layers import LayerUse, layers_used
 from sparsetrain.search import ByFunction, Channels, CostOf, Weights, recipe_of
+from sparsetrain.search.weights import pruning_of
 
 
 def branches() -> nn.Module:
@@ -193,6 +194,12 @@ def test_what_evaluations_depend_on() -> None:
     first = Weights().bind(with_norm, None).fingerprint()
     with_norm.norm.running_mean[0] = 0.5
     assert Weights().bind(with_norm, None).fingerprint() != first
+
+
+def test_a_function_alone_has_a_ratio_for_each_weight() -> None:
+    knobs = pruning_of(set_zeros).bind(net(), None)
+    assert knobs.names == ("0.weight", "2.weight", "4.weight")
+    assert zeros(knobs.network({"2.weight": 0.5}))["2.weight"] == 0.5
 
 
 @pytest.mark.parametrize(
