@@ -171,6 +171,7 @@ def test_in_a_network_layers_take_as_much_longer_as_others_of_their_size() -> No
     far_apart = InNetwork([(1.0, 2.0), (100.0, 100.0)])
     for alone, expected in ((1.0, 2.0), (1e-6, 2e-6), (100.0, 100.0), (1e6, 1e6), (10.0, 15.0)):
         assert far_apart(alone) == pytest.approx(expected)
+    assert InNetwork([(1e-9, 2e-9), (1e9, 2e9)])(1.1) == pytest.approx(2.2)
     near = InNetwork([(1.0, 2.0), (1.0, 3.0), (1.01, 4.03)])
     assert near(1.0) == pytest.approx(3.0, rel=0.01)
 

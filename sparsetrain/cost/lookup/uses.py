@@ -101,9 +101,10 @@ class InNetwork:
         if not self._sizes:
             return alone
         size = min(max(math.log(alone), min(self._sizes)), max(self._sizes))
-        weights = [math.exp(-0.5 * ((size - s) / _NEARBY) ** 2) for s in self._sizes]
+        far = [0.5 * ((size - s) / _NEARBY) ** 2 for s in self._sizes]
+        nearest = min(far)  # which weighs 1, however far it is
+        weights = [math.exp(nearest - distance) for distance in far]
         pairs = zip(weights, self._factors, strict=True)
-        # Of several sizes one lies within reach, or the weights are alike: no sum is 0.
         return alone * sum(w * factor for w, factor in pairs) / sum(weights)
 
 
