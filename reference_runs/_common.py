@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from sparsetrain.cost.machine import processor_name
+from sparsetrain.keeping import append_line, read_lines, whole_file
 from sparsetrain.workbench.environment import environment
 
 Record = dict[str, Any]
@@ -39,27 +40,11 @@ class ResultLog:
 
     def read(self) -> list[Record]:
         """All whole records; a last line that was cut short is left out."""
-        if not self.path.exists():
-            return []
-        records: dict[str, Record] = {}
-        for line in self.path.read_text(encoding="utf-8").splitlines():
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError:
-                continue
-            records[record["key"]] = record
-        return list(records.values())
+        return list({record["key"]: record for record in read_lines(self.path)}.values())
 
     def append(self, record: Record) -> None:
         """Write one record and wait until it is on disk."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a+", encoding="utf-8") as file:
-            # A line that was cut short must not swallow the next one.
-            if file.tell() and self.path.read_bytes()[-1:] != b"\n":
-                file.write("\n")
-            file.write(json.dumps(record) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        append_line(self.path, record)
 
 
 _messages: Any = None
@@ -181,10 +166,8 @@ def _clock(started: float) -> str:
 
 def save_weights(model: torch.nn.Module, path: Path) -> None:
     """Write a model's state dict, whole or not at all."""
-    path.parent.mkdir(exist_ok=True)
-    partial = path.with_name(f"{path.name}.{os.getpid()}")
-    torch.save(model.state_dict(), partial)
-    os.replace(partial, path)
+    with whole_file(path) as partial:
+        torch.save(model.state_dict(), partial)
 
 
 # What the results depend on.

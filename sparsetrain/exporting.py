@@ -22,6 +22,7 @@ from torch.utils import _pytree as pytree
 from sparsetrain.batches import called
 from sparsetrain.candidates import unwrapped
 from sparsetrain.evaluating import evaluation_mode, ordinary_attention
+from sparsetrain.keeping import whole_file
 from sparsetrain.storage.csr.layers import SparseLayer
 
 #: An ONNX file is one protobuf message, which cannot be longer.
@@ -77,17 +78,16 @@ def export_onnx(
         raise ValueError(f"tolerance={tolerance} must be 0 or more")
     _check(model)
     calls = _calls(model, example_inputs, dynamic_batch)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
-        # What torch exports is the ordinary attention, so that is compared.
-        with evaluation_mode(model), ordinary_attention(), torch.no_grad():
-            partial.write_bytes(_exported(model, calls[-1], dynamic_batch))
-            session = _session(runtime, partial)
-            difference = max(_difference(session, model, call, tolerance) for call in calls)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    # What torch exports is the ordinary attention, so that is compared.
+    with (
+        whole_file(path) as partial,
+        evaluation_mode(model),
+        ordinary_attention(),
+        torch.no_grad(),
+    ):
+        partial.write_bytes(_exported(model, calls[-1], dynamic_batch))
+        session = _session(runtime, partial)
+        difference = max(_difference(session, model, call, tolerance) for call in calls)
     return OnnxResult(path, path.stat().st_size, difference)
 
 

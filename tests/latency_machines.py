@@ -50,7 +50,7 @@ class FakeMachine:
     parts: int = 0
 
     def install(self, monkeypatch: pytest.MonkeyPatch) -> FakeMachine:
-        monkeypatch.setattr(layers, "medians", self._medians)
+        monkeypatch.setattr(layers, "median_seconds", self._medians)
         monkeypatch.setattr(measuring, "network_seconds", self._network_seconds)
         return self
 

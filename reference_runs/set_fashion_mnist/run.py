@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 import time
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
@@ -24,6 +23,7 @@ from torch.nn import functional as F
 
 import sparsetrain as st
 from reference_runs import _common as common
+from sparsetrain.keeping import whole_file
 from sparsetrain.workbench import Dataset, load
 
 HERE = Path(__file__).parent
@@ -282,9 +282,8 @@ def _save(
         "train_curve": train_curve,
         "seconds": seconds,
     }
-    partial = path.with_suffix(".partial")
-    torch.save(state, partial)
-    os.replace(partial, path)
+    with whole_file(path) as partial:
+        torch.save(state, partial)
 
 
 def _resume(

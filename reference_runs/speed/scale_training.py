@@ -11,7 +11,6 @@ its learning rate is divided by it. The loss then falls alike at 10^3 and at 10^
 
 from __future__ import annotations
 
-import os
 import time
 from collections import OrderedDict
 from dataclasses import asdict, dataclass, field
@@ -25,6 +24,7 @@ from torch.nn import functional as F
 
 import sparsetrain as st
 from reference_runs import _common as common
+from sparsetrain.keeping import whole_file
 from sparsetrain.storage.csr.layers import SparseLinear
 from sparsetrain.workbench import Dataset
 
@@ -147,7 +147,6 @@ class Run:
     def save(self, path: Path) -> None:
         """Write a checkpoint, whole or not at all."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + ".partial")
         state = {
             "settings": asdict(self.settings),
             "losses": self.losses,
@@ -156,8 +155,8 @@ class Run:
             "optimizer": self.optimizer.state_dict(),
             "model": self.model.state_dict(),
         }
-        torch.save(state, partial)
-        os.replace(partial, path)
+        with whole_file(path) as partial:
+            torch.save(state, partial)
 
     def load(self, path: Path) -> None:
         """Go on where a checkpoint left off.

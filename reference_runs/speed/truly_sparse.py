@@ -31,6 +31,7 @@ from reference_runs.speed.sections import (
     steps,
 )
 from reference_runs.speed.sections.base import THREADS, Effort, Record, Section
+from sparsetrain.keeping import whole_file
 
 HERE = Path(__file__).parent
 #: What `--quick` writes is nothing to keep; git ignores the folder.
@@ -106,10 +107,8 @@ def write(path: Path, results: Record) -> None:
             parts.append(f" {json.dumps(name)}: [\n{lines}\n ]")
         else:
             parts.append(f" {json.dumps(name)}: {json.dumps(value)}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text("{\n" + ",\n".join(parts) + "\n}\n", encoding="utf-8")
-    os.replace(partial, path)
+    with whole_file(path) as partial:
+        partial.write_text("{\n" + ",\n".join(parts) + "\n}\n", encoding="utf-8")
 
 
 def tables(results: Record) -> str:

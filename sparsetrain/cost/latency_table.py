@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -30,6 +29,7 @@ from sparsetrain.cost.lookup.plan import Plan, as_in, input_sizes, make_plan
 from sparsetrain.cost.lookup.prediction import Prediction
 from sparsetrain.cost.lookup.uses import Measured
 from sparsetrain.cost.machine import Machine
+from sparsetrain.keeping import whole_file
 from sparsetrain.storage.csr.convert import sparsify
 from sparsetrain.storage.csr.layers import SparseLayer
 
@@ -133,11 +133,9 @@ class LatencyTable:
 
     def save(self, path: str | Path) -> None:
         """Write the table as JSON, whole or not at all."""
-        path = Path(path)
         content = {"format": FORMAT, **_ADAPTER.dump_python(self, mode="json")}
-        partial = path.with_name(f"{path.name}.{os.getpid()}")
-        partial.write_text(json.dumps(content) + "\n", encoding="utf-8")
-        os.replace(partial, path)
+        with whole_file(Path(path)) as partial:
+            partial.write_text(json.dumps(content) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | Path, *, check: bool = False) -> LatencyTable:

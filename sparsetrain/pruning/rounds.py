@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +11,7 @@ import torch
 from rich.table import Table
 from torch import Tensor, nn
 
+from sparsetrain.keeping import first_difference, whole_file
 from sparsetrain.pruning.result import PruneResult
 from sparsetrain.report.text import as_text
 from sparsetrain.storage.bits import pack_mask, unpack_mask
@@ -107,17 +106,12 @@ class RoundStore:
         self.folder = None if folder is None else Path(folder)
         if self.folder is None:
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        path, text = self.folder / "settings.json", json.dumps(settings, indent=1)
-        if not path.exists():
-            _write_whole(path, lambda partial: partial.write_text(text, "utf-8"))
-        known, given = json.loads(path.read_text("utf-8")), json.loads(text)
-        for name in given:
-            if known.get(name) != given[name]:
-                raise ValueError(
-                    f"{self.folder} has rounds with {name}={known.get(name)!r}, and this call has "
-                    f"{name}={given[name]!r}: give the same, or another folder"
-                )
+        if difference := first_difference(self.folder, settings):
+            name, known, given = difference
+            raise ValueError(
+                f"{self.folder} has rounds with {name}={known!r}, and this call has "
+                f"{name}={given!r}: give the same, or another folder"
+            )
 
     def load(self, label: str) -> dict[str, Any] | None:
         """What was kept under a label, or None."""
@@ -130,7 +124,8 @@ class RoundStore:
     def save(self, label: str, kept: dict[str, Any]) -> None:
         """Keep plain data under a label, whole or not at all."""
         if self.folder is not None:
-            _write_whole(self.folder / f"{label}.pt", lambda partial: torch.save(kept, partial))
+            with whole_file(self.folder / f"{label}.pt") as partial:
+                torch.save(kept, partial)
 
 
 def packed(masks: dict[str, Tensor]) -> dict[str, Any]:
@@ -141,9 +136,3 @@ def packed(masks: dict[str, Tensor]) -> dict[str, Any]:
 def unpacked(bits: dict[str, Any]) -> dict[str, Tensor]:
     """Inverse of `packed`."""
     return {name: unpack_mask(mask, tuple(shape)) for name, (mask, shape) in bits.items()}
-
-
-def _write_whole(path: Path, write: Callable[[Path], Any]) -> None:
-    partial = path.with_name(path.name + ".partial")
-    write(partial)
-    os.replace(partial, path)

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
+from sparsetrain.keeping import append_line, first_difference, read_lines
 from sparsetrain.search.knobs import Knobs, Ratios
 
 #: Gives the metric of a network, larger for better ones. It may change the network, which is a
@@ -55,8 +54,14 @@ class Evaluations:
         self.new = 0  # evaluations that were made, not found
         if folder is not None:
             self.path = Path(folder) / "evaluations.jsonl"
-            _check_settings(Path(folder), knobs.fingerprint())
-            self.known = _read(self.path)
+            if difference := first_difference(Path(folder), knobs.fingerprint()):
+                raise ValueError(
+                    f"{folder} has evaluations of another {difference[0]}: give the same as then, "
+                    "or another folder"
+                )
+            for record in read_lines(self.path):
+                done = Evaluated(**record)
+                self.known[_key(done.ratios, done.repeat)] = done
 
     def of(self, ratios: Ratios, repeat: int = 0) -> Evaluated:
         """A network's evaluation, known or made now.
@@ -81,7 +86,7 @@ class Evaluations:
         self.known[self._key(ratios, repeat)] = done
         self.new += 1
         if self.path is not None:
-            _append(self.path, done)
+            append_line(self.path, done.__dict__)
         return network, done
 
     def _key(self, ratios: Ratios, repeat: int) -> str:
@@ -90,43 +95,3 @@ class Evaluations:
 
 def _key(rounded: Ratios, repeat: int) -> str:
     return json.dumps([{name: round(ratio, 9) for name, ratio in rounded.items()}, repeat])
-
-
-def _check_settings(folder: Path, settings: dict[str, Any]) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "settings.json"
-    if not path.exists():
-        partial = path.with_name(f"{path.name}.partial")
-        partial.write_text(json.dumps(settings, indent=1), encoding="utf-8")
-        os.replace(partial, path)
-    known = json.loads(path.read_text(encoding="utf-8"))
-    for name, value in json.loads(json.dumps(settings)).items():
-        if known.get(name) != value:
-            raise ValueError(
-                f"{folder} has evaluations of another {name}: give the same as then, or another "
-                "folder"
-            )
-
-
-def _read(path: Path) -> dict[str, Evaluated]:
-    """All whole lines; a last one that was cut short is left out."""
-    known = {}
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        try:
-            done = Evaluated(**json.loads(line))
-        except json.JSONDecodeError:
-            continue
-        known[_key(done.ratios, done.repeat)] = done
-    return known
-
-
-def _append(path: Path, done: Evaluated) -> None:
-    with path.open("ab+") as file:
-        # A line that was cut short must not swallow the next one.
-        if file.seek(0, os.SEEK_END):
-            file.seek(-1, os.SEEK_END)
-            if file.read(1) != b"\n":
-                file.write(b"\n")
-        file.write(json.dumps(done.__dict__).encode() + b"\n")
-        file.flush()
-        os.fsync(file.fileno())

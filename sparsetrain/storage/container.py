@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
+from sparsetrain.keeping import whole_file
 from sparsetrain.storage.positions import bits_size, decode, encode
 
 VERSION = 1
@@ -186,13 +186,8 @@ def write(contents: Contents, path: Path) -> None:
     """Write a file, whole or not at all."""
     parts, metadata = pack(contents)
     _, library = _safetensors(f"writing {path}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
+    with whole_file(path) as partial:
         library.save_file(parts, partial, metadata)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def read(path: Path) -> Contents:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from torch.optim import Optimizer
 
 from sparsetrain.config import Config
 from sparsetrain.cost import training_flops
+from sparsetrain.keeping import whole_file
 from sparsetrain.optimizer import SparseOptimizer
 from sparsetrain.recipe import Recipe
 from sparsetrain.report.ages import MaskAges
@@ -180,9 +180,8 @@ def _save_checkpoint(out: Path, parts: _Parts) -> None:
         "events": [event.to_dict() for event in parts.events],
         "ages": None if parts.ages is None else parts.ages.state_dict(),
     }
-    partial = out / "checkpoint.pt.partial"
-    torch.save(state, partial)
-    os.replace(partial, out / "checkpoint.pt")
+    with whole_file(out / "checkpoint.pt") as partial:
+        torch.save(state, partial)
 
 
 def _write_logs(out: Path, parts: _Parts) -> None:
@@ -231,6 +230,5 @@ def _write_lines(path: Path, objects: Iterable[dict[str, Any]]) -> None:
 
 
 def _write(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    with whole_file(path) as partial:
+        partial.write_text(text, encoding="utf-8")

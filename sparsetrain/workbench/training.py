@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
 
+from sparsetrain.keeping import whole_file
 from sparsetrain.workbench.data import Dataset
 
 LossFunction = Callable[[Tensor, Tensor], Tensor]
@@ -199,11 +199,8 @@ class Trainer:
 
     def save(self, path: Path | str) -> None:
         """Write the state to a file, whole or not at all."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + ".partial")
-        torch.save(self.state_dict(), partial)
-        os.replace(partial, path)
+        with whole_file(Path(path)) as partial:
+            torch.save(self.state_dict(), partial)
 
     def load(self, path: Path | str) -> None:
         """Read what `save` wrote."""

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from sparsetrain.cost.lookup import clocks
-from sparsetrain.cost.lookup.clocks import CpuClock, CudaClock, clock_of, medians
+from sparsetrain import timing
 from sparsetrain.cost.lookup.passes import network_seconds, sized
+from sparsetrain.timing import CpuClock, CudaClock, clock_of, median_seconds
 
 
 class HandClock:
@@ -79,7 +79,7 @@ def test_medians_on_a_gpu(gpu: type[FakeEvent]) -> None:
     def job() -> None:
         gpu.now += 2
 
-    found = medians([job], CudaClock(torch.device("cuda:1")), rounds=3, seconds=0.01)
+    found = median_seconds([job], CudaClock(torch.device("cuda:1")), rounds=3, seconds=0.01)
     assert found == pytest.approx([0.002])
 
 
@@ -94,7 +94,7 @@ def test_medians_are_taken_in_turn_and_fast_jobs_run_often(monkeypatch) -> None:
 
         return run
 
-    found = medians([job("a", 1.0), job("b", 0.25)], clock, rounds=3, seconds=1.0)
+    found = median_seconds([job("a", 1.0), job("b", 0.25)], clock, rounds=3, seconds=1.0)
     assert found == pytest.approx([1.0, 0.25])
     assert "".join(calls) == "ab" + "ab" + "abbbb" * 3
 
@@ -186,6 +186,6 @@ def test_networks_are_timed_in_turn(hand_clock: HandClock) -> None:
 
 def test_the_cpu_clock_reads_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
     moments = iter([1.0, 1.5, 4.0])
-    monkeypatch.setattr(clocks.time, "perf_counter", lambda: next(moments))
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: next(moments))
     clock = CpuClock()
     assert clock.spans([clock.mark(), clock.mark(), clock.mark()]) == [0.5, 2.5]

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from sparsetrain.cost.layers import LayerUse
-from sparsetrain.cost.lookup.clocks import Clock, Job, medians
 from sparsetrain.random_choice import random_ranks
 from sparsetrain.storage.csr.convert import sparsify
+from sparsetrain.timing import Clock, Job, median_seconds
 
 Storage = Literal["dense", "csr"]
 
@@ -151,7 +151,7 @@ def layer_seconds(
     largest = max(math.prod(_input_sizes(shape.use, case, setting)) for case in wanted)
     numbers = torch.randn(largest, **setting.options)
     jobs = [LayerJob(shape, case, setting, numbers) for case in wanted]
-    times = medians([reference, *jobs], clock, rounds=rounds, seconds=_SECONDS)
+    times = median_seconds([reference, *jobs], clock, rounds=rounds, seconds=_SECONDS)
     return times[0], tuple(times[1:])
 
 

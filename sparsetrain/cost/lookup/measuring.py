@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 from sparsetrain.batches import called
-from sparsetrain.cost.lookup.clocks import clock_of
 from sparsetrain.cost.lookup.layers import layer_seconds
 from sparsetrain.cost.lookup.networks import narrower, with_sparsity
 from sparsetrain.cost.lookup.passes import NetworkTime, Sized, network_seconds, sized
@@ -20,6 +19,7 @@ from sparsetrain.cost.lookup.prediction import Prediction
 from sparsetrain.cost.lookup.uses import Measured
 from sparsetrain.evaluating import evaluation_mode
 from sparsetrain.storage.csr.layers import SparseLayer
+from sparsetrain.timing import clock_of
 
 _NETWORK_ROUNDS = 3  # of whole networks, for each round of layers
 

@@ -15,10 +15,10 @@ from torch import nn
 from sparsetrain.batches import called
 from sparsetrain.convolution import CONVOLUTIONS, TRANSPOSED
 from sparsetrain.cost.layers import LayerUse, layers_used
-from sparsetrain.cost.lookup.clocks import Clock, mean_seconds
 from sparsetrain.cost.lookup.layers import Storage
 from sparsetrain.evaluating import evaluation_mode
 from sparsetrain.storage.csr.layers import SparseLayer
+from sparsetrain.timing import Clock, mean_seconds
 
 _PRODUCTS = (nn.Linear, SparseLayer, *CONVOLUTIONS, *TRANSPOSED)
 _SECONDS = 0.004  # that a network runs for in a round, at least
