@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from itertools import count, pairwise
 from typing import TypeVar
 
@@ -65,3 +66,14 @@ def share_out(work: Callable[[slice], ResultT], parts: Sequence[slice]) -> list[
 
 def _threads() -> int:
     return min(torch.get_num_threads(), _MOST)
+
+
+@contextmanager
+def torch_threads(number: int) -> Iterator[None]:
+    """As many threads of torch, for a while."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

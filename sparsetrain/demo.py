@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
 from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
+from sparsetrain._threads import torch_threads
 from sparsetrain.cost import training_flops
 from sparsetrain.optimizer import SparseOptimizer
 from sparsetrain.policies import Policy, RigL, Static
@@ -110,7 +109,7 @@ def run_demo(
     trainings = [(m, sparsity, s) for m, sparsity in plan for s in range(seed, seed + seeds)]
     started = time.perf_counter()
     runs = []
-    with _one_thread():
+    with torch_threads(1):
         for number, (method, sparsity, run_seed) in enumerate(trainings):
             label = METHODS.get(method, method) + (f" {100 * sparsity:g} %" if sparsity else "")
 
@@ -235,16 +234,6 @@ def mean_and_error(accuracies: Sequence[float]) -> str:
 
 def _multiple(values: Sequence[float]) -> str:
     return f"{sum(values) / len(values):.3f} x"
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _page(demo: Demo, picture: bytes) -> html.Page:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,9 +12,10 @@ from torch import Tensor, nn
 
 from sparsetrain.candidates import Candidate, find_candidates
 from sparsetrain.channels.coupling import Coupling
-from sparsetrain.channels.removal import remove
-from sparsetrain.channels.resizing import Orders, channels_gone, resized
+from sparsetrain.channels.cutting import cut_to
+from sparsetrain.channels.resizing import Orders, resized
 from sparsetrain.config import did_you_mean
+from sparsetrain.cost.budget import Budget
 from sparsetrain.cost.layers import LayerUse, layers_used
 from sparsetrain.cost.targets import CostTarget
 from sparsetrain.recipe import Rule
@@ -215,15 +215,13 @@ def within(
 
 @dataclass(frozen=True)
 class Bound:
-    """A target for one network: what it costs with any counts, and the most that it may cost."""
+    """A target for one network, whatever channels it has."""
 
-    target: CostTarget
+    budget: Budget
     model: nn.Module
     couplings: Sequence[Coupling]
-    example_inputs: Any
     orders: Orders
     layers: Sequence[LayerUse]
-    whole: float
 
     @classmethod
     def of(
@@ -235,30 +233,23 @@ class Bound:
         orders: Orders,
     ) -> Bound:
         """Look at the network as it is."""
-        target = target.prepared(model, example_inputs)
-        layers = layers_used(model, example_inputs)
-        whole = target.whole(model, example_inputs)
-        return cls(target, model, found, example_inputs, orders, layers, whole)
+        budget = Budget.of(target, model, example_inputs)
+        return cls(budget, model, found, orders, layers_used(model, example_inputs))
 
     def cost(self, counts: Counts) -> float:
         """What the network costs with as many channels."""
-        layers = resized(self.layers, self.couplings, counts, self.orders)
-        cost = self.target.of_layers(layers)
-        return (
-            self.target.of_model(self._cut(counts), self.example_inputs) if cost is None else cost
+        cost = self.budget.of_layers(
+            lambda: resized(self.layers, self.couplings, counts, self.orders)
         )
-
-    def _cut(self, counts: Counts) -> nn.Module:
-        """A copy with as many channels."""
-        smaller, copied = copy.deepcopy((self.model, list(self.couplings)))
-        remove(channels_gone(copied, counts, self.orders), copied, None)
-        return smaller
+        if cost is None:
+            cost = self.budget.of_model(cut_to(self.model, self.couplings, counts, self.orders))
+        return cost
 
     def holds(self, counts: Counts) -> bool:
         """Whether it may cost that."""
-        return self.target.holds(self.cost(counts), self.target.allowed(self.whole))
+        return self.budget.holds(self.cost(counts))
 
     def described(self, counts: Counts) -> str:
         """The cost in words, as a share of the whole network's and in its unit."""
-        cost = self.cost(counts)
-        return f"{self.target.kind}={cost / self.whole:.3f} ({cost:,.6g} {self.target.unit})"
+        cost, target = self.cost(counts), self.budget.target
+        return f"{target.kind}={cost / self.budget.whole:.3f} ({cost:,.6g} {target.unit})"

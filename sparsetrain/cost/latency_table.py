@@ -21,6 +21,7 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
 
+from sparsetrain._threads import torch_threads
 from sparsetrain.cost.layers import LayerUse, layers_used
 from sparsetrain.cost.lookup.layers import Storage
 from sparsetrain.cost.lookup.measuring import measuring
@@ -211,20 +212,15 @@ def latency_table(
         ValueError: arguments out of range, a model without layers, or a file of something else.
     """
     _check(step, sparsities, storages, threads, rounds)
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads or before)
-    try:
-        with torch.random.fork_rng(devices=[]):
-            plan = make_plan(model, example_inputs, step, sparsities, storages)
-            table = _begun(plan, None if path is None else Path(path))
-            done = table.measured, table.networks
-            for parts in measuring(plan, done, model, example_inputs, rounds, progress):
-                table = LatencyTable(plan, *parts)
-                if path is not None:
-                    table.save(path)
-            return table
-    finally:
-        torch.set_num_threads(before)
+    with torch_threads(threads or torch.get_num_threads()), torch.random.fork_rng(devices=[]):
+        plan = make_plan(model, example_inputs, step, sparsities, storages)
+        table = _begun(plan, None if path is None else Path(path))
+        done = table.measured, table.networks
+        for parts in measuring(plan, done, model, example_inputs, rounds, progress):
+            table = LatencyTable(plan, *parts)
+            if path is not None:
+                table.save(path)
+        return table
 
 
 def _check(

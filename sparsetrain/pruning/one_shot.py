@@ -23,7 +23,7 @@ from sparsetrain.allocation import (
 from sparsetrain.batches import Adapter
 from sparsetrain.calibration import Calibration
 from sparsetrain.candidates import Candidate, choose, unwrapped
-from sparsetrain.cost.targets import CostTarget, target_of
+from sparsetrain.cost.targets import CostTarget
 from sparsetrain.curvature.losses import LossFunction
 from sparsetrain.pruning.result import PruneResult
 from sparsetrain.pruning.sequence import stages, weights_back
@@ -99,7 +99,7 @@ def prune(
     if target is None:
         return PruneResult(model, run.masks(sparsity), chosen.kind)
     plan.require_free(sparsity)
-    bound = MaskBound.of(target_of(target), model, candidates, example_inputs)
+    bound = MaskBound.of(target, model, candidates, example_inputs)
     masks = masks_within(bound, run.masks, plan.least, plan.numel)
     return PruneResult(model, masks, chosen.kind)
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsetrain.candidates import Candidate, plain_name
+from sparsetrain.cost.budget import Budget
 from sparsetrain.cost.layers import LayerUse, layers_used
 from sparsetrain.cost.targets import CostTarget
 from sparsetrain.pruning.sequence import weights_back
@@ -19,19 +20,17 @@ Masks = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class MaskBound:
-    """A target for one network: what it costs with any masks, and the most that it may cost."""
+    """A target for one network, whatever masks it has."""
 
-    target: CostTarget
+    budget: Budget
     model: nn.Module
     candidates: Sequence[Candidate]
-    example_inputs: Any
     layers: Sequence[LayerUse]
-    whole: float
 
     @classmethod
     def of(
         cls,
-        target: CostTarget,
+        target: CostTarget | Mapping[str, Any],
         model: nn.Module,
         candidates: Sequence[Candidate],
         example_inputs: Any,
@@ -41,26 +40,24 @@ class MaskBound:
         Raises:
             ValueError: the target needs inputs, and there are none.
         """
-        target = target.prepared(model, example_inputs)
-        layers = layers_used(model, example_inputs) if target.needs_inputs else []
-        whole = target.whole(model, example_inputs)
-        return cls(target, model, candidates, example_inputs, layers, whole)
+        budget = Budget.of(target, model, example_inputs)
+        layers = layers_used(model, example_inputs) if budget.target.needs_inputs else []
+        return cls(budget, model, candidates, layers)
 
     @torch.no_grad()
     def cost(self, masks: Mapping[str, Tensor]) -> float:
         """What the network costs behind these masks."""
-        if self.layers:
-            cost = self.target.of_layers(thinned(self.layers, densities(masks)))
-            if cost is not None:
-                return cost
+        cost = self.budget.of_layers(lambda: thinned(self.layers, densities(masks)))
+        if cost is not None:
+            return cost
         with weights_back(self.candidates):
             for candidate in self.candidates:
                 candidate.param.masked_fill_(~masks[candidate.name], 0.0)
-            return self.target.of_model(self.model, self.example_inputs)
+            return self.budget.of_model(self.model)
 
     def holds(self, masks: Mapping[str, Tensor]) -> bool:
         """Whether it may cost that."""
-        return self.target.holds(self.cost(masks), self.target.allowed(self.whole))
+        return self.budget.holds(self.cost(masks))
 
 
 def densities(masks: Mapping[str, Tensor]) -> dict[str, float]:
@@ -92,13 +89,9 @@ def masks_within(
     low, high = least, numel
     best = masks_at(1 - low / numel)
     if not bound.holds(best):
-        allowed, unit = bound.target.allowed(bound.whole), bound.target.unit
         kept = sum(int(mask.count_nonzero()) for mask in best.values())
-        raise ValueError(
-            f"target {bound.target.kind!r} allows {allowed:,.6g} {unit}, and with {kept} weights "
-            f"left there are still {bound.cost(best):,.6g}: ask for more than that, or let more "
-            "weights go (match)"
-        )
+        reason = bound.budget.out_of_reach(f"with {kept} weights left", bound.cost(best))
+        raise ValueError(f"{reason}: ask for more than that, or let more weights go (match)")
     whole = masks_at(0.0)
     if bound.holds(whole):
         return whole

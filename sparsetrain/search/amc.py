@@ -13,7 +13,9 @@ import numpy as np
 import torch
 from torch import nn
 
+from sparsetrain._threads import torch_threads
 from sparsetrain.cost.targets import CostTarget
+from sparsetrain.pruning.rewinding import random_state, set_random_state
 from sparsetrain.report.progress import tracked
 from sparsetrain.search.evaluations import Evaluate, Evaluations
 from sparsetrain.search.points import Point, SearchResult
@@ -107,13 +109,13 @@ def amc(
     threads = torch.get_num_threads()
 
     def same_numbers(network: nn.Module) -> float:
-        with _random_numbers(seed), _threads(threads):
+        with _random_numbers(seed), torch_threads(threads):
             return evaluate(network)
 
     knobs = pruning_of(prune).bind(model, example_inputs)
     evaluations = Evaluations(knobs, same_numbers, folder)
     environment = AmcEnvironment(knobs, evaluations, target=target, reward=reward, lower=lower)
-    with _random_numbers(seed), _threads(1):  # the agent's nets are too small for more
+    with _random_numbers(seed), torch_threads(1):  # the agent's nets are too small for more
         agent, exploration = agent_of(
             environment,
             warmup=warmup,
@@ -164,25 +166,11 @@ def _check(
 @contextmanager
 def _random_numbers(seed: int) -> Iterator[None]:
     """Random numbers of torch, numpy and Python that begin with a seed, and go on as before."""
-    python, legacy = random.getstate(), np.random.get_state()  # noqa: NPY002
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
-    with torch.random.fork_rng(devices=devices):
-        random.seed(seed)
-        np.random.seed(seed)  # noqa: NPY002 (what users' functions and the agent draw from)
-        torch.manual_seed(seed)
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(legacy)  # noqa: NPY002
-
-
-@contextmanager
-def _threads(number: int) -> Iterator[None]:
-    """As many threads of torch, for a while."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(number)
+    before = random_state()
+    random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002 (what users' functions and the agent draw from)
+    torch.manual_seed(seed)
     try:
         yield
     finally:
-        torch.set_num_threads(before)
+        set_random_state(before)

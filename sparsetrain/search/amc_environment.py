@@ -184,12 +184,9 @@ class AmcEnvironment(gymnasium.Env[Array, Array]):
     def _check_reach(self) -> None:
         least = self.knobs.uniform(1.0 - self.lower)
         if self.is_bounded and not self.cost.holds(least):
-            left, unit = self.cost(least), self.cost.target.unit
-            raise ValueError(
-                f"target {self.cost.target.kind!r} allows {self.cost.allowed:,.6g} {unit}, and "
-                f"with a share of {self.lower} of every layer there are still {left:,.6g}: allow "
-                "more, or choose a smaller 'lower'"
-            )
+            state = f"with a share of {self.lower} of every layer"
+            reason = self.cost.budget.out_of_reach(state, self.cost(least))
+            raise ValueError(f"{reason}: allow more, or choose a smaller 'lower'")
         if self.reward_kind == "error_flops" and self._log(self.cost(least)) <= 0:
             raise ValueError(
                 f"reward='error_flops' needs costs above 1, and {self.cost.target.kind!r} goes "

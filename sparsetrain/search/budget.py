@@ -79,11 +79,8 @@ def best_ratios(sensitivity: Sensitivity, cost: CostOf) -> dict[str, float]:
     menu = _Menu(sensitivity, cost)
     cheapest = menu.cheapest
     if not menu.holds(cheapest):
-        raise ValueError(
-            f"target {cost.target.kind!r} allows {cost.allowed:,.6g} {cost.target.unit}, and with "
-            f"the largest ratios there are still {menu.price(cheapest):,.6g}: measure the "
-            "sensitivity to larger ratios, or ask for more"
-        )
+        reason = cost.budget.out_of_reach("with the largest ratios", menu.price(cheapest))
+        raise ValueError(f"{reason}: measure the sensitivity to larger ratios, or ask for more")
     found = _by_program(menu) if cost.knobs.adds_up else _by_prices(menu)
     return menu.ratios(_polished(menu, found))
 
@@ -136,7 +133,7 @@ class _Menu:
 
     def holds(self, choice: Choice) -> bool:
         """Whether the network meets the target."""
-        return self.cost.target.holds(self.price(choice), self.cost.allowed)
+        return self.cost.budget.holds(self.price(choice))
 
 
 def _by_program(menu: _Menu) -> Choice:

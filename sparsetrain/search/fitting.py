@@ -39,11 +39,8 @@ def least_that_holds(at: Callable[[float], dict[str, float]], cost: CostOf) -> d
     low, high = 0.0, 1.0
     best = at(high)
     if not cost.holds(best):
-        raise ValueError(
-            f"target {cost.target.kind!r} allows {cost.allowed:,.6g} {cost.target.unit}, and with "
-            f"all that may go there are still {cost(best):,.6g}: ask for more than that, or let "
-            "more go"
-        )
+        reason = cost.budget.out_of_reach("with all that may go", cost(best))
+        raise ValueError(f"{reason}: ask for more than that, or let more go")
     for _ in range(_BISECTIONS):
         middle = (low + high) / 2
         ratios = at(middle)

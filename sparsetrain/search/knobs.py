@@ -19,8 +19,9 @@ from torch import nn
 
 from sparsetrain.candidates import choose, unwrapped
 from sparsetrain.config import did_you_mean
+from sparsetrain.cost.budget import Budget
 from sparsetrain.cost.layers import LayerUse, layers_used
-from sparsetrain.cost.targets import CostTarget, target_of
+from sparsetrain.cost.targets import CostTarget
 from sparsetrain.policies import Policy, Static
 from sparsetrain.recipe import Rule
 
@@ -161,28 +162,21 @@ class CostOf:
     """What the pruned network costs by a target's measure, for any ratios of some knobs.
 
     Attributes:
-        whole: what the network costs without zeros.
-        allowed: the most that it may cost.
+        target, whole, allowed: those of the budget.
     """
 
     def __init__(self, target: CostTarget | Mapping[str, Any], knobs: Knobs) -> None:
-        self.target = target_of(target).prepared(knobs.model, knobs.example_inputs)
-        self.knobs = knobs
-        self.whole = self.target.whole(knobs.model, knobs.example_inputs)
-        self.allowed = self.target.allowed(self.whole)
+        self.budget, self.knobs = Budget.of(target, knobs.model, knobs.example_inputs), knobs
+        self.target, self.whole = self.budget.target, self.budget.whole
+        self.allowed = self.budget.allowed
 
     def __call__(self, ratios: Ratios) -> float:
-        cost = None
-        if self.target.needs_inputs:
-            cost = self.target.of_layers(self.knobs.layers(ratios))
-        if cost is None:
-            network = self.knobs.network(ratios)
-            cost = self.target.of_model(network, self.knobs.example_inputs)
-        return cost
+        cost = self.budget.of_layers(lambda: self.knobs.layers(ratios))
+        return self.budget.of_model(self.knobs.network(ratios)) if cost is None else cost
 
     def holds(self, ratios: Ratios) -> bool:
         """Whether the network may cost that."""
-        return self.target.holds(self(ratios), self.allowed)
+        return self.budget.holds(self(ratios))
 
 
 class Pruning(ABC):

@@ -17,6 +17,7 @@ from sparsetrain.policies import Policy
 from sparsetrain.recipe import Recipe
 from sparsetrain.report.progress import tracked
 from sparsetrain.report.text import as_text
+from sparsetrain.search.budget import best_ratios
 from sparsetrain.search.evaluations import Evaluate, Evaluations
 from sparsetrain.search.fitting import least_that_holds
 from sparsetrain.search.knobs import CostOf, Knobs
@@ -146,8 +147,6 @@ class Sensitivity:
         Raises:
             ValueError: the target cannot be met with the ratios that were measured.
         """
-        from sparsetrain.search.budget import best_ratios
-
         return best_ratios(self, CostOf(target, self.knobs))
 
     def recipe(self, ratios: dict[str, float], policy: Policy | None = None) -> Recipe:

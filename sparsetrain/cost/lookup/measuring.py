@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -11,13 +10,14 @@ import torch
 from torch import nn
 
 from sparsetrain.batches import called
-from sparsetrain.cost.lookup.layers import layer_seconds
+from sparsetrain.cost.lookup.layers import Shape, layer_seconds
 from sparsetrain.cost.lookup.networks import narrower, with_sparsity
 from sparsetrain.cost.lookup.passes import NetworkTime, Sized, network_seconds, sized
 from sparsetrain.cost.lookup.plan import Plan
 from sparsetrain.cost.lookup.prediction import Prediction
 from sparsetrain.cost.lookup.uses import Measured
 from sparsetrain.evaluating import evaluation_mode
+from sparsetrain.report.progress import tracked
 from sparsetrain.storage.csr.layers import SparseLayer
 from sparsetrain.timing import clock_of
 
@@ -33,21 +33,20 @@ def measuring(
     """What has been measured, after each shape and after the networks; `done` is not repeated."""
     layers, networks = done
     clock = clock_of(torch.device(plan.setting.device))
-    missing = plan.shapes[len(layers) :]
-    with _bar(len(missing) + (not networks), progress) as advance:
-        for shape in missing:
-            wanted = plan.cases(shape)
-            with evaluation_mode(model):
-                run = _pass(model, example_inputs)
-                times = layer_seconds(shape, wanted, run, plan.setting, clock, rounds)
-            layers = (*layers, Measured(shape, wanted, *times))
-            advance()
-            yield layers, networks
-        if not networks:
+    missing: list[Shape | None] = [*plan.shapes[len(layers) :]]
+    missing += [] if networks else [None]
+    for shape in tracked(missing, "latency table", progress=progress):
+        if shape is None:
             chosen = _networks(plan, layers, model, example_inputs)
             found = network_seconds(chosen, example_inputs, clock, _NETWORK_ROUNDS * rounds)
-            advance()
             yield layers, tuple(found)
+            continue
+        wanted = plan.cases(shape)
+        with evaluation_mode(model):
+            run = _pass(model, example_inputs)
+            times = layer_seconds(shape, wanted, run, plan.setting, clock, rounds)
+        layers = (*layers, Measured(shape, wanted, *times))
+        yield layers, networks
 
 
 def _networks(
@@ -75,15 +74,3 @@ def _pass(model: nn.Module, example_inputs: Any) -> Callable[[], None]:
         called(model, example_inputs)
 
     return run
-
-
-@contextmanager
-def _bar(parts: int, shown: bool) -> Iterator[Callable[[], None]]:
-    if not shown:
-        yield lambda: None
-        return
-    from rich.progress import Progress
-
-    with Progress() as bar:
-        task = bar.add_task("latency table", total=parts)
-        yield lambda: bar.advance(task)

@@ -17,7 +17,7 @@ from sparsetrain.evaluating import evaluation_mode
 from sparsetrain.storage.csr.convert import sparsify
 
 if TYPE_CHECKING:
-    from sparsetrain.channels import Coupling
+    pass
 
 
 def narrower(
@@ -29,11 +29,12 @@ def narrower(
     not installed; with a warning, too, if channels cannot be removed.
     """
     from sparsetrain.channels import couplings  # which knows costs itself
+    from sparsetrain.channels.cutting import cut_to
 
     try:
         found = couplings(model, example_inputs)
         orders = _orders({coupling.name: axis(coupling.channels, step) for coupling in found})
-        networks = [_cut(model, found, counts) for counts in orders]
+        networks = [cut_to(model, found, counts) for counts in orders]
         if channels_last:
             networks = [_to_channels_last(network) for network in networks]
         for network in networks:
@@ -60,16 +61,6 @@ def _orders(axes: Mapping[str, Sequence[int]]) -> list[dict[str, int]]:
         spread = [points[k * len(points) // number] for k in range(number)]
         columns[name] = generator.sample(spread, number)
     return [{name: column[k] for name, column in columns.items()} for k in range(number)]
-
-
-def _cut(model: nn.Module, found: Sequence[Coupling], counts: Mapping[str, int]) -> nn.Module:
-    """A copy with as many channels; which ones makes no difference to its latency."""
-    from sparsetrain.channels.removal import remove
-
-    smaller, copied = copy.deepcopy((model, found))
-    gone = {c.name: c.removable(range(c.channels), c.channels - counts[c.name]) for c in copied}
-    remove(gone, copied, None)
-    return smaller
 
 
 def _to_channels_last(model: nn.Module) -> nn.Module:
