@@ -2,36 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import yaml
 from pydantic import Field, TypeAdapter, field_validator, model_validator
 from torch import nn
 
 from sparsetrain.candidates import Candidate, Selector, find_candidates, known_names
 from sparsetrain.config import AnyKind, Config, did_you_mean
+from sparsetrain.data_files import dump_data, parse_data, read_text, to_json, to_yaml
 from sparsetrain.policies import Policy, PolicyField
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML where 1e-3 is a number, as everywhere but in YAML 1.1."""
-
-
-class _Dumper(yaml.SafeDumper):
-    """Puts names into quotes that `_Loader` would read as numbers."""
-
-
-for _class in (_Loader, _Dumper):
-    _class.add_implicit_resolver(
-        "tag:yaml.org,2002:float",
-        re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
-        list("-+.0123456789"),
-    )
 
 
 class Rule(Config):
@@ -135,23 +118,12 @@ class Recipe(Config):
         Raises:
             ValueError: the file is missing, not a mapping, or not a valid recipe.
         """
-        path = Path(path)
-        try:
-            text = path.read_text(encoding="utf-8")
-        except OSError as error:
-            raise ValueError(f"cannot read recipe {path}: {error.strerror or error}") from error
-        return cls.from_text(text, source=str(path))
+        return cls.from_text(read_text(Path(path), "recipe"), source=str(path))
 
     @classmethod
     def from_text(cls, text: str, *, source: str = "recipe") -> Recipe:
         """Parse YAML or JSON text; `source` names it in errors."""
-        try:
-            data = json.loads(text)
-        except json.JSONDecodeError:
-            try:
-                data = yaml.load(text, _Loader)
-            except yaml.YAMLError as error:
-                raise ValueError(f"{source} is not valid YAML or JSON: {error}") from error
+        data = parse_data(text, source)
         if not isinstance(data, dict):
             raise ValueError(f"{source} must hold a mapping with 'policy' and 'rules'")
         try:
@@ -161,17 +133,15 @@ class Recipe(Config):
 
     def dump(self, path: str | Path) -> None:
         """Write YAML, or JSON when the name ends in .json."""
-        path = Path(path)
-        text = self.to_json() if path.suffix == ".json" else self.to_yaml()
-        path.write_text(text, encoding="utf-8")
+        dump_data(self.to_dict(), Path(path))
 
     def to_yaml(self) -> str:
         """The recipe as YAML."""
-        return yaml.dump(self.to_dict(), Dumper=_Dumper, sort_keys=False)
+        return to_yaml(self.to_dict())
 
     def to_json(self) -> str:
         """The recipe as JSON."""
-        return json.dumps(self.to_dict(), indent=2) + "\n"
+        return to_json(self.to_dict())
 
     @classmethod
     def json_schema(cls) -> dict[str, Any]:

@@ -11,14 +11,13 @@ The constants of the profiles are published:
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import Field
 
 from sparsetrain.config import Config
+from sparsetrain.data_files import dump_data, parse_data, read_text
 
 # Horowitz 2014: picojoules of a multiplication and an addition. Products of 8 bits are added in 32.
 _HOROWITZ_MAC = {32: 3.7 + 0.9, 16: 1.1 + 0.4, 8: 0.2 + 0.1}
@@ -134,12 +133,7 @@ class Hardware(Config):
         Raises:
             ValueError: the file is missing, or holds no valid profile.
         """
-        try:
-            data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        except OSError as error:
-            raise ValueError(f"cannot read hardware profile {path}: {error.strerror}") from error
-        except yaml.YAMLError as error:
-            raise ValueError(f"{path} is not valid YAML or JSON: {error}") from error
+        data = parse_data(read_text(Path(path), "hardware profile"), str(path))
         try:
             return cls.model_validate(data)
         except ValueError as error:
@@ -147,8 +141,4 @@ class Hardware(Config):
 
     def dump(self, path: str | Path) -> None:
         """Write YAML, or JSON when the name ends in .json."""
-        path = Path(path)
-        is_json = path.suffix == ".json"
-        data = self.model_dump()
-        text = json.dumps(data, indent=2) if is_json else yaml.safe_dump(data, sort_keys=False)
-        path.write_text(text, encoding="utf-8")
+        dump_data(self.model_dump(), Path(path))
