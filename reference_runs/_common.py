@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import multiprocessing
 import os
@@ -168,6 +169,50 @@ def save_weights(model: torch.nn.Module, path: Path) -> None:
     """Write a model's state dict, whole or not at all."""
     with whole_file(path) as partial:
         torch.save(model.state_dict(), partial)
+
+
+# A study: jobs in stages, then results.json and the tables in the README of its folder.
+
+
+#: Jobs for some networks and a number of seeds, and what does one of them.
+Stage = tuple[Callable[[Sequence[str], int], list[Record]], Callable[[Record, Report], Record]]
+
+
+def run_study(
+    doc: str | None,
+    folder: Path,
+    stages: Sequence[Stage],
+    summarise: Callable[[Sequence[Record]], list[Record]],
+    tables: Callable[[list[Record]], str],
+    *,
+    begin: Callable[[], Any],
+    networks: Iterable[str] = (),
+) -> None:
+    """Read the command line, run what is missing, then write results.json and the tables.
+
+    Args:
+        doc: docstring of the script; its first line is the help.
+        stages: done one after the other.
+        begin: called first, so that a missing data set is told once.
+        networks: that can be chosen.
+    """
+    parser = argparse.ArgumentParser(description=doc.splitlines()[0] if doc else None)
+    parser.add_argument("--workers", type=int, default=2, help="processes of one thread each")
+    parser.add_argument("--seeds", type=int, default=3)
+    if networks:
+        parser.add_argument("--networks", nargs="+", default=[*networks], choices=[*networks])
+    parser.add_argument("--only-write", action="store_true", help="tables of the finished runs")
+    arguments = parser.parse_args()
+    log = ResultLog(folder / "results.jsonl")
+    if not arguments.only_write:
+        begin()
+        for jobs, work in stages:
+            chosen = jobs(getattr(arguments, "networks", ()), arguments.seeds)
+            run_jobs(chosen, work, log, workers=arguments.workers)
+    runs = log.read()  # those of earlier calls too, which may have had other networks or seeds
+    rows = summarise(runs)
+    write_json(folder / "results.json", {"machine": machine(), "table": rows, "runs": runs})
+    put_into(folder / "README.md", tables(rows))
 
 
 # What the results depend on.

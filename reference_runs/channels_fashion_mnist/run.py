@@ -8,7 +8,6 @@ checkpoints/, so the same command goes on where it was stopped. See the README b
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections import defaultdict
 from collections.abc import Sequence
@@ -215,23 +214,8 @@ def tables(rows: Sequence[common.Record]) -> str:
 
 def main() -> None:
     """Run what is missing, then write results.json and the tables."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--workers", type=int, default=2, help="processes of one thread each")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--networks", nargs="+", default=list(NETWORKS), choices=NETWORKS)
-    parser.add_argument("--only-write", action="store_true", help="tables of the finished runs")
-    arguments = parser.parse_args()
-    log = common.ResultLog(HERE / "results.jsonl")
-    if not arguments.only_write:
-        data()  # a missing data set is told once, here
-        networks, seeds, workers = arguments.networks, arguments.seeds, arguments.workers
-        common.run_jobs(dense_jobs(networks, seeds), train, log, workers=workers)
-        common.run_jobs(removal_jobs(networks, seeds), remove, log, workers=workers)
-    runs = log.read()  # those of earlier calls too, which may have had other networks or seeds
-    rows = summarise(runs)
-    result = {"machine": common.machine(), "table": rows, "runs": runs}
-    common.write_json(HERE / "results.json", result)
-    common.put_into(HERE / "README.md", tables(rows))
+    stages = [(dense_jobs, train), (removal_jobs, remove)]
+    common.run_study(__doc__, HERE, stages, summarise, tables, begin=data, networks=NETWORKS)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ README beside this file.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import time
 from collections import defaultdict
@@ -274,23 +273,8 @@ def tables(rows: Sequence[common.Record]) -> str:
 
 def main() -> None:
     """Run what is missing, then write results.json and the tables."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--workers", type=int, default=2, help="processes of one thread each")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--networks", nargs="+", default=list(NETWORKS), choices=NETWORKS)
-    parser.add_argument("--only-write", action="store_true", help="tables of the finished runs")
-    arguments = parser.parse_args()
-    log = common.ResultLog(HERE / "results.jsonl")
-    if not arguments.only_write:
-        data()  # a missing data set is told once, here
-        networks, seeds, workers = arguments.networks, arguments.seeds, arguments.workers
-        common.run_jobs(dense_jobs(networks, seeds), train, log, workers=workers)
-        common.run_jobs(tuning_jobs(networks, seeds), fine_tune, log, workers=workers)
-    runs = log.read()  # those of earlier calls too, which may have had other networks or seeds
-    rows = summarise(runs)
-    result = {"machine": common.machine(), "table": rows, "runs": runs}
-    common.write_json(HERE / "results.json", result)
-    common.put_into(HERE / "README.md", tables(rows))
+    stages = [(dense_jobs, train), (tuning_jobs, fine_tune)]
+    common.run_study(__doc__, HERE, stages, summarise, tables, begin=data, networks=NETWORKS)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ they were stopped. See the README beside this file.
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -170,17 +169,25 @@ def _searched(job: common.Record) -> tuple[dict[str, float], st.search.Knobs, in
     return result.best.ratios, result.knobs, len(result.points), result.seconds
 
 
-def jobs(seeds: int) -> tuple[list[common.Record], list[common.Record]]:
-    """Networks to train, and searches."""
-    first = [{"key": f"trained-{seed}", "seed": seed} for seed in range(seeds)]
-    searches = [
+def networks_to_train(_: Sequence[str], seeds: int) -> list[common.Record]:
+    """One a seed."""
+    return [{"key": f"trained-{seed}", "seed": seed} for seed in range(seeds)]
+
+
+def searches(_: Sequence[str], seeds: int) -> list[common.Record]:
+    """All searches, those of the first seed first."""
+    return [
         {"key": f"{method}-{target}-{seed}", "method": method, "target": target, "seed": seed}
         for seed in range(seeds)
         for targets, methods in ((TARGETS, METHODS), (MORE_TARGETS, ON_MORE_TARGETS))
         for target in targets
         for method in methods
     ]
-    return first, searches
+
+
+def fronts(_: Sequence[str], seeds: int) -> list[common.Record]:
+    """One, of the first seed."""
+    return [{"key": "front-0", "seed": 0}]
 
 
 def summarise(runs: Sequence[common.Record]) -> list[common.Record]:
@@ -199,7 +206,10 @@ def summarise(runs: Sequence[common.Record]) -> list[common.Record]:
     for run in runs:
         if "target" in run:
             groups[run["target"], run["method"]].append(run)
-    rows = []
+    whole = [100 * run["test_error"] for run in before.values()]
+    mean, error = round(common.mean(whole), 3), round(common.standard_error(whole), 3)
+    rows: list[common.Record] = [{"target": "none", "method": "trained", "seeds": len(whole)}]
+    rows[0] |= {"before": mean, "before_standard_error": error}
     for (target, method), mine in groups.items():
         row: common.Record = {"target": target, "method": method, "seeds": len(mine)}
         for name in ("before", "after", "flops", "search_evaluations", "search_seconds"):
@@ -235,12 +245,12 @@ def table_of(rows: Sequence[common.Record], target: str) -> str:
     return common.markdown_table([*head, "networks evaluated", "seconds"], lines)
 
 
-def tables(rows: Sequence[common.Record], runs: Sequence[common.Record]) -> str:
+def tables(rows: Sequence[common.Record]) -> str:
     """Everything that goes into the README."""
-    whole = [100 * run["test_error"] for run in runs if run["method"] == "trained"]
+    whole = next(row for row in rows if row["method"] == "trained")
     parts = [
-        f"Test error [%], mean ± standard error over {len(whole)} seeds; as trained "
-        f"{common.mean(whole):.2f} ± {common.standard_error(whole):.2f}."
+        f"Test error [%], mean ± standard error over {whole['seeds']} seeds; as trained "
+        f"{whole['before']:.2f} ± {whole['before_standard_error']:.2f}."
     ]
     for target in (*TARGETS, *MORE_TARGETS):
         if any(row["target"] == target for row in rows):
@@ -250,23 +260,8 @@ def tables(rows: Sequence[common.Record], runs: Sequence[common.Record]) -> str:
 
 def main() -> None:
     """Run what is missing, then write results.json and the tables."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--workers", type=int, default=2, help="processes of one thread each")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--only-write", action="store_true", help="tables of the finished runs")
-    arguments = parser.parse_args()
-    log = common.ResultLog(HERE / "results.jsonl")
-    if not arguments.only_write:
-        data()  # a missing data set is told once, here
-        first, searches = jobs(arguments.seeds)
-        common.run_jobs(first, prepare, log, workers=arguments.workers)
-        common.run_jobs(searches, search, log, workers=arguments.workers)
-        common.run_jobs([{"key": "front-0", "seed": 0}], find_front, log, workers=1)
-    runs = log.read()
-    rows = summarise(runs)
-    result = {"machine": common.machine(), "table": rows, "runs": runs}
-    common.write_json(HERE / "results.json", result)
-    common.put_into(HERE / "README.md", tables(rows, runs))
+    stages = [(networks_to_train, prepare), (searches, search), (fronts, find_front)]
+    common.run_study(__doc__, HERE, stages, summarise, tables, begin=data)
 
 
 if __name__ == "__main__":
