@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+import sparsetrain as st
 from sparsetrain.cost.layers import LayerUse
 from sparsetrain.cost.lookup import layers, measuring
 from sparsetrain.cost.lookup.layers import Case, LayerJob
@@ -89,3 +90,29 @@ class FakeMachine:
             raise KeyboardInterrupt
         self.networks = list(networks)
         return [self.time(network) for network in networks]
+
+
+X = torch.randn(3, 20)
+SPARSITIES = (0.5, 0.9)
+
+
+def network(width: int = 28) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(20, width), nn.ReLU(), nn.Linear(width, 10))
+
+
+def curved(use: LayerUse, case: Case) -> float:
+    """Not linear between the points of a grid; csr costs what its non-zeros cost."""
+    if case.storage == "csr":
+        seconds = 300 + 20 * (1 - case.sparsity) * case.inputs * case.outputs
+        return 1e-6 * seconds * (1 if case.after_csr else 2)
+    return 1e-6 * (100 + case.inputs**2 * case.outputs) * (3 if case.after_csr else 1)
+
+
+def table_of(machine: FakeMachine, **options) -> st.cost.LatencyTable:
+    options = {"sparsities": SPARSITIES, **options}
+    return st.cost.latency_table(machine.model, machine.x, **options)
+
+
+def first(inputs: int, outputs: int, density: float = 1.0) -> LayerUse:
+    return LayerUse("0.weight", "0", "linear", inputs, outputs, density=density)
