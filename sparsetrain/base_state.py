@@ -21,8 +21,7 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from sparsetrain.storage.kernels import keep_where_
-from sparsetrain.targets import ExchangeTarget
+from sparsetrain.targets import Exchanged, ExchangeTarget, SparseTarget
 
 _TRIAL_STEPS = 4
 _SCHEDULED = {"initial_lr", "max_lr", "min_lr"}
@@ -175,20 +174,20 @@ def shaped_state(state: dict[str, Any], param: Tensor) -> Iterator[tuple[str, Te
 def carry_state(
     base: Optimizer,
     target: ExchangeTarget,
-    change: Callable[[], tuple[Tensor, Tensor]],
+    change: Callable[[], Exchanged],
     fresh: dict[str, float],
-) -> tuple[Tensor, Tensor]:
+) -> Exchanged:
     """Make an exchange of connections and take the optimizer's state along.
 
     Args:
-        change: exchanges connections of the target, and returns the net (gone, new).
+        change: exchanges connections of the target.
         fresh: state key -> what a new connection starts with.
     """
     param = target.param
-    gone, new = change()
+    done = change()
 
     def moved(key: str, tensor: Tensor) -> Tensor:
-        return target.renewed(tensor, gone, new, fresh.get(key, 0.0))
+        return target.renewed(tensor, done.gone, done.new, fresh.get(key, 0.0))
 
     if target.param is not param:
         replace_parameter(base, param, target.param, moved)
@@ -196,7 +195,7 @@ def carry_state(
         state: dict[str, Any] = base.state.get(param, {})
         for key, tensor in list(shaped_state(state, param)):
             state[key] = moved(key, tensor)
-    return gone, new
+    return done
 
 
 def replace_parameter(
@@ -298,10 +297,10 @@ def _keeps_the_same(base: Optimizer, group: dict[str, Any], like: Tensor) -> boo
     return matrix is not None and vector is not None and matrix.keys() == vector.keys()
 
 
-def zero_inactive_state(base: Optimizer, param: Tensor, mask: Tensor) -> None:
+def zero_inactive_state(base: Optimizer, target: SparseTarget) -> None:
     """Zero the state of all inactive weights."""
-    for _, tensor in shaped_state(base.state.get(param, {}), param):
-        keep_where_(tensor, mask)
+    for _, tensor in shaped_state(base.state.get(target.param, {}), target.param):
+        target.mask_state(tensor)
 
 
 def total_numel(base: Optimizer) -> int:

@@ -12,14 +12,14 @@ from torch.optim import Optimizer
 
 from sparsetrain.config import did_you_mean
 from sparsetrain.recipe import Recipe
-from sparsetrain.storage.bits import unpack_mask
+from sparsetrain.storage.bits import unpack_rows
 from sparsetrain.storage.csr.pattern import Pattern, as_matrix
 from sparsetrain.storage.csr.target import check_pattern_entry
 from sparsetrain.storage.masked import check_mask_entry
 from sparsetrain.targets import SparseTarget
 
 KEY = "sparsetrain"
-VERSION = 2
+VERSION = 3
 
 
 def describe_target(target: SparseTarget) -> dict[str, Any]:
@@ -36,7 +36,7 @@ def storage_of(entry: Mapping[str, Any]) -> str:
 def mask_of(entry: Mapping[str, Any], target: SparseTarget) -> Tensor:
     """The mask that a saved target describes, bool of the weight's shape."""
     if storage_of(entry) != "csr":
-        return unpack_mask(entry["mask"], target.shape)
+        return unpack_rows(entry["mask"], target.shape)
     pattern = Pattern(as_matrix(target.shape), entry["row_pointers"], entry["columns"])
     return pattern.mask().view(target.shape)
 

@@ -13,13 +13,13 @@ from torch.optim import Optimizer
 from sparsetrain import base_state, checkpoint
 from sparsetrain.base_state import RestingStates
 from sparsetrain.policies import LearnedPolicy, Policy
-from sparsetrain.policies.group import Exchanged, TargetGroup
+from sparsetrain.policies.group import TargetGroup
 from sparsetrain.storage.csr.target import CsrTarget
 from sparsetrain.storage.learned import LearnedTarget
 from sparsetrain.storage.masked import MaskedTarget
 from sparsetrain.storage_choice import Storage, StorageChoice
 from sparsetrain.switching import to_csr, to_masked
-from sparsetrain.targets import ExchangeTarget, SparseTarget
+from sparsetrain.targets import Exchanged, ExchangeTarget, SparseTarget
 
 Groups = list[tuple[Policy, TargetGroup]]
 

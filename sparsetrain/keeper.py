@@ -286,7 +286,7 @@ class Keeper:
 
     def _zero_inactive_state(self, target: SparseTarget) -> None:
         if target.holds_zeros and not isinstance(target, LatentTarget):
-            base_state.zero_inactive_state(self.base, target.param, target.mask)
+            base_state.zero_inactive_state(self.base, target)
 
     # Checkpoints.
 

@@ -6,6 +6,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sparsetrain._lookup import places
+from sparsetrain.distributed.part import Part
+
 
 def random_ranks(population: int, count: int, generator: torch.Generator | None = None) -> Tensor:
     """`count` distinct integers below `population`, uniformly at random, ascending (int64)."""
@@ -27,3 +30,27 @@ def random_ranks(population: int, count: int, generator: torch.Generator | None 
         if missing == 0:
             return torch.from_numpy(ordered[is_new])
         length += missing
+
+
+def random_free(part: Part, kept: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """`count` flat indices of a weight, uniformly at random among those not in `kept`.
+
+    Every rank draws the same numbers and takes those that fall into its part.
+
+    Args:
+        part: of the weight that is here.
+        kept: of the part, ascending.
+        generator: CPU random source.
+
+    Returns:
+        Those of the indices that are here, ascending.
+    """
+    free_here = part.held_numel - kept.numel()
+    first, free = part.place(free_here)
+    ranks = random_ranks(free, count, generator)
+    if not part.is_whole:
+        ranks = ranks[(ranks >= first) & (ranks < first + free_here)] - first
+    ranks = ranks.to(kept.device)
+    # The r-th free index is r plus the number of kept indices before it.
+    before = kept - torch.arange(kept.numel(), device=kept.device)
+    return ranks + places(before, ranks + 1)

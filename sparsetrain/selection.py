@@ -5,30 +5,45 @@ Everything here is exact and deterministic: of equal scores the one at the lower
 
 Scores may have any floating dtype (half precisions are compared in float32, integers in float64)
 and must be finite.
+
+Of a weight that is sharded over ranks every function takes the scores that are here, with the
+`part` that adds up, and gives what is chosen here; k counts the whole weight. The choice is that of
+one process with all scores, and errors are raised on every rank alike.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from sparsetrain._comparable import check_count, check_finite, comparable, in_layer
+from sparsetrain._comparable import (
+    check_count,
+    check_finite,
+    check_none_bad,
+    comparable,
+    in_layer,
+)
 from sparsetrain._threads import pieces, share_out
 from sparsetrain._threshold import SMALL, Array, best, few_best, few_best_where, larger
-from sparsetrain.structures import NM, Structure, Unstructured
+from sparsetrain.distributed.part import Part
+from sparsetrain.sharded_selection import top_k_shards
+from sparsetrain.structures import NM, Block, Structure, Unstructured
+from sparsetrain.units import from_units, to_units
 
 # Values that are partitioned together, row by row, in the cache.
 _CHUNK = 1 << 17
 
 
-def top_k(scores: Tensor, k: int, *, name: str = "") -> Tensor:
+def top_k(scores: Tensor, k: int, *, name: str = "", part: Part | None = None) -> Tensor:
     """Mask of the ``k`` largest scores.
 
     Args:
         scores: any shape, finite.
-        k: number to select, 0 to ``scores.numel()``.
+        k: number to select, 0 to the number of scores.
         name: layer named in errors.
+        part: of the weight that the scores are of; default: all of it.
 
     Returns:
         Bool tensor of the shape and device of ``scores`` with exactly ``k`` true.
@@ -36,17 +51,22 @@ def top_k(scores: Tensor, k: int, *, name: str = "") -> Tensor:
     Raises:
         ValueError: for a ``k`` out of range and for NaN or infinite scores.
     """
+    if part is not None and not part.is_whole:
+        return _over_ranks({name: scores}, k, {name: part})[name]
     return _masks({name: scores}, k, largest=True)[name]
 
 
 def top_k_indices(scores: Tensor, k: int, *, name: str = "") -> Tensor:
     """Flat indices (int64, ascending) of the ``k`` largest scores; see :func:`top_k`."""
-    return _indices(scores, k, name, largest=True)
+    return _indices(scores, k, name, None, largest=True)
 
 
-def bottom_k_indices(scores: Tensor, k: int, *, name: str = "") -> Tensor:
-    """Flat indices (int64, ascending) of the ``k`` smallest scores; see :func:`top_k`."""
-    return _indices(scores, k, name, largest=False)
+def bottom_k_indices(scores: Tensor, k: int, *, name: str = "", part: Part | None = None) -> Tensor:
+    """Flat indices (int64, ascending) of the ``k`` smallest scores; see :func:`top_k`.
+
+    Of a part, scores may also be of some of its weights, in their order.
+    """
+    return _indices(scores, k, name, part, largest=False)
 
 
 def above(values: Tensor, bar: Tensor) -> Tensor:
@@ -54,13 +74,19 @@ def above(values: Tensor, bar: Tensor) -> Tensor:
     return torch.from_numpy(larger(values.numpy(), bar.item()))
 
 
-def top_k_across(scores: Mapping[str, Tensor], k: int, minimum: int = 1) -> dict[str, Tensor]:
+def top_k_across(
+    scores: Mapping[str, Tensor],
+    k: int,
+    minimum: int = 1,
+    parts: Mapping[str, Part] | None = None,
+) -> dict[str, Tensor]:
     """Masks of the ``k`` largest scores over all tensors together.
 
     Args:
         scores: layer name -> scores of any shape; the order settles ties between tensors.
         k: number to select over all tensors.
         minimum: number that every tensor keeps at least (all of it if it is smaller).
+        parts: of the weights that the scores are of; default: all of each.
 
     Returns:
         Layer name -> bool tensor; together they hold exactly ``k`` true.
@@ -69,7 +95,9 @@ def top_k_across(scores: Mapping[str, Tensor], k: int, minimum: int = 1) -> dict
         ValueError: when ``k`` exceeds the number of scores or cannot give every tensor its
             minimum, and for NaN or infinite scores, naming the layer.
     """
-    floors = {name: min(minimum, values.numel()) for name, values in scores.items()}
+    parts = {name: Part(tuple(v.shape)) for name, v in scores.items()} if parts is None else parts
+    sizes = _totals({name: values.numel() for name, values in scores.items()}, parts)
+    floors = {name: min(minimum, size) for name, size in sizes.items()}
     if k < sum(floors.values()):
         raise ValueError(
             f"k={k} cannot leave at least {minimum} in each of {len(floors)} layers: lower the "
@@ -79,19 +107,73 @@ def top_k_across(scores: Mapping[str, Tensor], k: int, minimum: int = 1) -> dict
     masks: dict[str, Tensor] = {}
     # A tensor below its minimum stays below it when others are lifted, so its share is final.
     while True:
-        chosen = _masks(pool, k, largest=True)
-        short = [
-            name for name, mask in chosen.items() if int(torch.count_nonzero(mask)) < floors[name]
-        ]
+        chosen = _best_of_all(pool, k, parts)
+        here = {name: int(torch.count_nonzero(mask)) for name, mask in chosen.items()}
+        short = [name for name, count in _totals(here, parts).items() if count < floors[name]]
         if not short:
             masks.update(chosen)
             return {name: masks[name] for name in scores}
         for name in short:
-            masks[name] = top_k(pool.pop(name), floors[name], name=name)
+            masks[name] = top_k(pool.pop(name), floors[name], name=name, part=parts[name])
             k -= floors[name]
 
 
-def select(scores: Tensor, k: int, structure: Structure | None = None, *, name: str = "") -> Tensor:
+def _best_of_all(
+    scores: Mapping[str, Tensor], k: int, parts: Mapping[str, Part]
+) -> dict[str, Tensor]:
+    if all(parts[name].is_whole for name in scores):
+        return _masks(scores, k, largest=True)
+    return _over_ranks(scores, k, parts)
+
+
+def _over_ranks(
+    scores: Mapping[str, Tensor], k: int, parts: Mapping[str, Part]
+) -> dict[str, Tensor]:
+    """Masks of the ``k`` largest over all tensors and ranks, for what is here."""
+    first, *others = (parts[name] for name in scores)
+    for name, part in zip(list(scores)[1:], others, strict=True):
+        if part.is_whole or first.is_whole or part.group != first.group:
+            raise ValueError(
+                f"{name} and {next(iter(scores))} are not shared out over the same ranks, so that "
+                "their scores cannot be ranked together: give each a policy of its own by a rule"
+            )
+    if len(scores) > 1:
+        bad = {n: int(torch.count_nonzero(~torch.isfinite(v))) for n, v in scores.items()}
+        sizes = _totals({n: v.numel() for n, v in scores.items()}, parts)
+        for name, count in _totals(bad, parts).items():
+            check_none_bad(count, sizes[name], name)
+    ranks = first.ranks
+    shards = [number * ranks + first.rank for number in range(len(scores))]
+    name = next(iter(scores)) if len(scores) == 1 else ""
+    masks = top_k_shards(
+        list(scores.values()),
+        k,
+        first.sum,
+        shards=shards,
+        total_shards=ranks * len(scores),
+        name=name,
+    )
+    return dict(zip(scores, masks, strict=True))
+
+
+def _totals(here: Mapping[str, int], parts: Mapping[str, Part]) -> dict[str, int]:
+    """Counts of what is here, each added up over its ranks."""
+    if not here:
+        return {}
+    first = parts[next(iter(here))]
+    if any(part.group != first.group for part in parts.values()):
+        return {name: parts[name].totals(count)[0] for name, count in here.items()}
+    return dict(zip(here, first.totals(*here.values()), strict=True))
+
+
+def select(
+    scores: Tensor,
+    k: int,
+    structure: Structure | None = None,
+    *,
+    name: str = "",
+    part: Part | None = None,
+) -> Tensor:
     """Mask of ``k`` weights that obeys ``structure`` and keeps the best units.
 
     Args:
@@ -99,33 +181,47 @@ def select(scores: Tensor, k: int, structure: Structure | None = None, *, name: 
         k: active weights, a multiple of ``structure.quantum`` (the fixed count for n:m).
         structure: default unstructured.
         name: layer named in errors.
+        part: of the weight that the scores are of; default: all of it.
 
     Returns:
-        Bool tensor of the shape of ``scores`` with exactly ``k`` true.
+        Bool tensor of the shape of ``scores``; of the whole weight exactly ``k`` are true.
 
     Raises:
         ValueError: as :func:`top_k`, and for a shape or count the structure does not allow.
     """
     structure = Unstructured() if structure is None else structure
-    shape = tuple(scores.shape)
+    part = Part(tuple(scores.shape)) if part is None else part
+    shape = part.shape
     structure.check(shape, name)
     if isinstance(structure, Unstructured):
-        return top_k(scores, k, name=name)
-    check_count(k, scores.numel(), name)
+        return top_k(scores, k, name=name, part=part)
+    numel = math.prod(shape)
+    check_count(k, numel, name)
     quantum, fixed = structure.quantum(shape), structure.fixed_count(shape)
     if k % quantum or (fixed is not None and k != fixed):
         allowed = f"exactly {fixed}" if fixed is not None else f"a multiple of {quantum}"
         raise ValueError(f"{in_layer(name)}k={k} must be {allowed} for {structure!r}")
-    units = structure.units(scores)
-    per_group = k * units.shape[1] // scores.numel()
-    return structure.expand(group_top_k(units, per_group, name=name), shape)
+    units = to_units(structure, scores, part)
+    per_group = k * units.shape[1] // numel
+    return from_units(structure, unit_top_k(units, per_group, structure, part, name=name), part)
 
 
-def n_m_mask(scores: Tensor, n: int, m: int, *, name: str = "") -> Tensor:
+def unit_top_k(
+    units: Tensor, k: int, structure: Structure, part: Part, *, name: str = ""
+) -> Tensor:
+    """As :func:`group_top_k` of what `to_units` gives; a bad score is an error on every rank."""
+    if not (part.is_whole or isinstance(structure, Block)):
+        bad, numel = part.totals(int(torch.count_nonzero(~torch.isfinite(units))), units.numel())
+        check_none_bad(bad, numel, name)
+    return group_top_k(units, k, name=name)
+
+
+def n_m_mask(scores: Tensor, n: int, m: int, *, name: str = "", part: Part | None = None) -> Tensor:
     """Mask that keeps the ``n`` best of every ``m`` consecutive inputs (dimension 1)."""
+    shape = tuple(scores.shape) if part is None else part.shape
     structure = NM(n=n, m=m)
-    structure.check(tuple(scores.shape), name)
-    return structure.expand(group_top_k(structure.units(scores), n, name=name), tuple(scores.shape))
+    structure.check(shape, name)
+    return select(scores, structure.fixed_count(shape), structure, name=name, part=part)
 
 
 def group_top_k(units: Tensor, k: int, *, name: str = "") -> Tensor:
@@ -187,7 +283,11 @@ def _row_threshold_on_cpu(values: Array, k: int) -> Array:
     return found
 
 
-def _indices(scores: Tensor, k: int, name: str, *, largest: bool) -> Tensor:
+def _indices(scores: Tensor, k: int, name: str, part: Part | None, *, largest: bool) -> Tensor:
+    if part is not None and not part.is_whole:
+        values = comparable(scores)
+        mask = _over_ranks({name: values if largest else -values}, k, {name: part})[name]
+        return torch.nonzero(mask.reshape(-1)).squeeze(1)
     if _suits_one_pass(scores, k):
         values = comparable(scores).reshape(-1)
         check_finite(values, name)
@@ -203,7 +303,14 @@ def _suits_one_pass(scores: Tensor, k: int) -> bool:
 
 
 def extreme_indices(
-    values: Tensor, mask: Tensor, k: int, *, among: bool, largest: bool, name: str = ""
+    values: Tensor,
+    mask: Tensor,
+    k: int,
+    *,
+    among: bool,
+    largest: bool,
+    name: str = "",
+    part: Part | None = None,
 ) -> Tensor:
     """Flat indices of the ``k`` largest or smallest absolute values where ``mask`` is ``among``.
 
@@ -212,6 +319,7 @@ def extreme_indices(
     Args:
         values: any shape, finite where ``mask`` is ``among``.
         mask: bool, of the shape of ``values``.
+        part: of the weight that the values are of; default: all of it.
 
     Returns:
         int64, ascending. Of equal values the one at the lower index is taken.
@@ -219,14 +327,16 @@ def extreme_indices(
     Raises:
         ValueError: for a ``k`` out of range and for NaN or infinite values.
     """
-    if _suits_one_pass(values, k):
+    is_whole = part is None or part.is_whole
+    if is_whole and _suits_one_pass(values, k):
         flat, flags = comparable(values).reshape(-1), mask.reshape(-1)
         if torch.isfinite(flat.sum()):  # else the slower way below finds out which are not
             found = few_best_where(flat.numpy(), flags.numpy(), k, among, largest)
             if found is not None:
                 return torch.from_numpy(found)
     eligible = (mask if among else ~mask).reshape(-1).nonzero().squeeze(1)
-    return eligible[_indices(values.reshape(-1)[eligible].abs(), k, name, largest=largest)]
+    chosen = values.reshape(-1)[eligible].abs()
+    return eligible[_indices(chosen, k, name, part, largest=largest)]
 
 
 def _masks(scores: Mapping[str, Tensor], k: int, *, largest: bool) -> dict[str, Tensor]:

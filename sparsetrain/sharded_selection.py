@@ -2,7 +2,7 @@
 
 The k-th largest score is found digit by digit, from the most significant, on the bits of the
 floats: each pass histograms the next digit of the scores that share the digits found so far, and
-only the histograms are added over shards (2048 counts a pass, 3 passes for float32, 6 for
+only the histograms are added over shards (256 counts a pass, 4 passes for float32, 8 for
 float64). The result is that of :func:`sparsetrain.selection.top_k` on the concatenated shards.
 """
 
@@ -14,9 +14,9 @@ from torch import Tensor
 from sparsetrain._comparable import check_count, check_none_bad, comparable, in_layer
 
 SumCounts = Callable[[Tensor], Tensor]
-"""Adds an int64 CPU tensor over all processes (such as an all-reduce) and returns the sum."""
+"""Adds an integer CPU tensor over all processes (such as an all-reduce) and returns the sum."""
 
-_DIGIT = 11
+_DIGIT = 8
 
 
 def _only_here(counts: Tensor) -> Tensor:
@@ -28,7 +28,7 @@ def top_k_shards(
     k: int,
     sum_counts: SumCounts = _only_here,
     *,
-    first_shard: int = 0,
+    shards: Sequence[int] | None = None,
     total_shards: int | None = None,
     name: str = "",
 ) -> list[Tensor]:
@@ -41,7 +41,7 @@ def top_k_shards(
         local: shards held by this process, any shapes, possibly none.
         k: number to select over all shards of all processes.
         sum_counts: adds counts over processes; the identity for a single one.
-        first_shard: position of ``local[0]`` among all shards.
+        shards: place of each of ``local`` among all shards; default: the first ones.
         total_shards: number of shards in all processes; default: those held here.
         name: layer named in errors.
 
@@ -52,24 +52,25 @@ def top_k_shards(
         ValueError: for ``k`` out of range and for NaN or infinite scores on any process.
     """
     total_shards = len(local) if total_shards is None else total_shards
-    if not 0 <= first_shard <= total_shards - len(local):
+    shards = range(len(local)) if shards is None else shards
+    if len(shards) != len(local) or not all(0 <= shard < total_shards for shard in shards):
         raise ValueError(
-            f"shards {first_shard} to {first_shard + len(local) - 1} are not among the "
-            f"{total_shards} shards: check first_shard and total_shards"
+            f"{list(shards)} are not the places of {len(local)} shards among {total_shards}: check "
+            "shards and total_shards"
         )
-    codes = _agreed_codes(local, k, sum_counts, name)
+    codes, count_dtype = _agreed_codes(local, k, sum_counts, name)
     if k == 0:
         return [torch.zeros_like(shard, dtype=torch.bool) for shard in local]
-    threshold, above = _radix_select(codes, k, sum_counts)
+    threshold, above = _radix_select(codes, k, sum_counts, count_dtype)
     codes = codes[: len(local)]  # a process without shards has taken part with an empty one
     ties = torch.zeros(total_shards, dtype=torch.int64)
-    for i, code in enumerate(codes):
-        ties[first_shard + i] = torch.count_nonzero(code == threshold)
+    for place, code in zip(shards, codes, strict=True):
+        ties[place] = torch.count_nonzero(code == threshold)
     ties = sum_counts(ties)
     earlier = torch.cumsum(ties, 0) - ties
     masks = []
-    for i, (code, shard) in enumerate(zip(codes, local, strict=True)):
-        room = max(k - above - int(earlier[first_shard + i]), 0)
+    for place, code, shard in zip(shards, codes, local, strict=True):
+        room = max(k - above - int(earlier[place]), 0)
         mask = code > threshold
         mask[torch.nonzero(code == threshold).squeeze(1)[:room]] = True
         masks.append(mask.reshape(shard.shape))
@@ -85,15 +86,16 @@ def radix_threshold(
     """
     if k < 1:
         raise ValueError(f"{in_layer(name)}the threshold of k={k} scores is not defined: k >= 1")
-    codes = _agreed_codes(local, k, sum_counts, name)
-    threshold, _ = _radix_select(codes, k, sum_counts)
+    codes, count_dtype = _agreed_codes(local, k, sum_counts, name)
+    threshold, _ = _radix_select(codes, k, sum_counts, count_dtype)
     return _decode(threshold, codes[0].dtype)
 
 
 def _agreed_codes(
     local: Sequence[Tensor], k: int, sum_counts: SumCounts, name: str
-) -> list[Tensor]:
-    """Integer images of the shards, after all processes agreed on dtype, number and validity."""
+) -> tuple[list[Tensor], torch.dtype]:
+    """Integer images of the shards, after all processes agreed on dtype, number and validity; and
+    the integer type that their number fits in."""
     flat = [comparable(shard).reshape(-1) for shard in local]
     bad = sum(int(torch.count_nonzero(~torch.isfinite(shard))) for shard in flat)
     numel = sum(shard.numel() for shard in flat)
@@ -104,21 +106,24 @@ def _agreed_codes(
     dtype = torch.float64 if double else torch.float32
     codes = [_encode(shard.to(dtype)) for shard in flat]
     # A process without shards still takes part in every sum.
-    return codes or [_encode(torch.empty(0, dtype=dtype))]
+    codes = codes or [_encode(torch.empty(0, dtype=dtype))]
+    return codes, torch.int32 if numel < 1 << 31 else torch.int64
 
 
-def _radix_select(codes: Sequence[Tensor], k: int, sum_counts: SumCounts) -> tuple[int, int]:
+def _radix_select(
+    codes: Sequence[Tensor], k: int, sum_counts: SumCounts, count_dtype: torch.dtype
+) -> tuple[int, int]:
     """The code of the k-th largest and the number of codes above it."""
     bits = 32 if codes[0].dtype == torch.int32 else 64
     found, rank = 0, k
     candidates = list(codes)
     for shift in reversed(range(0, bits, _DIGIT)):
         width = min(_DIGIT, bits - shift)
-        counts = torch.zeros(1 << width, dtype=torch.int64)
+        counts = torch.zeros(1 << width, dtype=count_dtype)
         digits = [_digit(code, shift, width) for code in candidates]
         for digit in digits:
-            counts += torch.bincount(digit, minlength=1 << width).cpu()
-        from_top = sum_counts(counts).flip(0).cumsum(0)
+            counts += torch.bincount(digit, minlength=1 << width).to(counts)
+        from_top = sum_counts(counts).long().flip(0).cumsum(0)
         place = int(torch.searchsorted(from_top, rank))
         rank -= int(from_top[place - 1]) if place else 0
         value = (1 << width) - 1 - place

@@ -102,9 +102,9 @@ class NM(Structure):
 
     def expand(self, unit_mask: Tensor, shape: Shape) -> Tensor:
         """Put the groups of ``[numel / m, m]`` back along the inputs."""
-        outputs, inputs = shape[0], shape[1]
+        outputs, inputs, rest = shape[0], shape[1], math.prod(shape[2:])
         mask = rearrange(
-            unit_mask, "(o g r) m -> o (g m) r", o=outputs, g=inputs // self.m, m=self.m
+            unit_mask, "(o g r) m -> o (g m) r", o=outputs, g=inputs // self.m, r=rest, m=self.m
         )
         return mask.reshape(shape)
 
@@ -153,9 +153,8 @@ class Block(Structure):
         """``[1, blocks]``, blocks in row-major order."""
         if scores.dtype in (torch.float16, torch.bfloat16):
             scores = scores.float()
-        matrix = scores.reshape(scores.shape[0], -1)
         a, b = self.size
-        return reduce(matrix, "(r a) (c b) -> 1 (r c)", "sum", a=a, b=b)
+        return reduce(_matrix(scores), "(r a) (c b) -> 1 (r c)", "sum", a=a, b=b)
 
     def expand(self, unit_mask: Tensor, shape: Shape) -> Tensor:
         """Spread each of ``[1, blocks]`` over its rectangle."""
@@ -183,7 +182,7 @@ class ConstantFanIn(Structure):
 
     def units(self, scores: Tensor) -> Tensor:
         """``[outputs, inputs]``, a convolution's inputs being channels x kernel positions."""
-        return scores.reshape(scores.shape[0], -1)
+        return _matrix(scores)
 
     def expand(self, unit_mask: Tensor, shape: Shape) -> Tensor:
         """Reshape ``[outputs, inputs]`` to ``shape``."""
@@ -194,8 +193,13 @@ class ConstantFanIn(Structure):
         return shape[0]
 
 
+def _matrix(tensor: Tensor) -> Tensor:
+    # Not with -1, which says nothing of a tensor without rows, as a rank may hold.
+    return tensor.reshape(tensor.shape[0], math.prod(tensor.shape[1:]))
+
+
 def _three_dims(tensor: Tensor) -> Tensor:
-    return tensor.reshape(tensor.shape[0], tensor.shape[1], -1)
+    return tensor.reshape(tensor.shape[0], tensor.shape[1], math.prod(tensor.shape[2:]))
 
 
 def _needs_matrix(shape: Shape, name: str, what: str) -> None:

@@ -4,10 +4,29 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
+import torch
 from torch import Tensor
 from torch.nn import Parameter
+
+from sparsetrain.distributed.part import part_of
+from sparsetrain.selection import bottom_k_indices
+
+
+class Exchanged(NamedTuple):
+    """What an exchange of connections did.
+
+    Attributes:
+        gone, new: flat indices, among what is held here, of weights that went inactive and of
+            those that are new.
+        dropped, grown: their numbers in the whole weight.
+    """
+
+    gone: Tensor
+    new: Tensor
+    dropped: int
+    grown: int
 
 
 class SparseTarget(ABC):
@@ -16,8 +35,9 @@ class SparseTarget(ABC):
     Attributes:
         name: of the weight in the model, whatever parameter stands for it.
         param: the parameter that the optimizer trains for it.
-        shape: of the weight.
-        numel: weights, active or not.
+        part: what of the weight is held here; all of it, unless it is sharded over ranks.
+        shape: of the whole weight.
+        numel: weights in all, active or not.
     """
 
     #: How the weight is held: the word for it in `storage=` and in the summary.
@@ -30,6 +50,7 @@ class SparseTarget(ABC):
     def __init__(self, name: str, param: Parameter) -> None:
         self.name = name
         self.param = param
+        self.part = part_of(name, param)
         self.shape = tuple(param.shape)
         self.numel = param.numel()
 
@@ -48,11 +69,16 @@ class SparseTarget(ABC):
     @property
     @abstractmethod
     def mask(self) -> Tensor:
-        """Bool tensor of the weight's shape, True where active."""
+        """Bool tensor of the weight's shape, True where active; laid out as the weight is."""
+
+    @property
+    def held_mask(self) -> Tensor:
+        """The mask of the weights that are held here."""
+        return self.mask
 
     def active_indices(self) -> Tensor:
-        """Flat indices of the active weights, int64, ascending."""
-        return self.mask.view(-1).nonzero().view(-1)
+        """Flat indices of the active weights that are held here, int64, ascending."""
+        return self.held_mask.view(-1).nonzero().view(-1)
 
     @property
     def resting(self) -> int:
@@ -60,7 +86,7 @@ class SparseTarget(ABC):
         return self.numel - self.active
 
     def begin(self, mask: Tensor) -> None:
-        """Install the first mask, for a target whose mask is chosen."""
+        """Install the first mask of what is here, for a target whose mask is chosen."""
 
     def release(self) -> None:
         """Forget everything but the weight itself."""
@@ -102,6 +128,9 @@ class SparseTarget(ABC):
     def mask_weight(self) -> None:
         """Set the weight to 0 where inactive."""
 
+    def mask_state(self, tensor: Tensor) -> None:
+        """Set optimizer state, shaped like `param`, to 0 where inactive."""
+
     def before_step(self) -> None:
         """Get ready for the base optimizer."""
 
@@ -130,12 +159,38 @@ class ExchangeTarget(SparseTarget):
     """A target whose policy says which connections go and which come.
 
     Policies speak to it in index sets (flat, row-major, int64) and never assume that a dense mask
-    or a dense weight exists.
+    or a dense weight exists. Of a weight that is sharded over ranks an index set is what of it is
+    here, counted from the first weight that is here; counts are of the whole weight, and a choice
+    is that of one process that holds it all. So every rank has to ask the same questions.
     """
 
     @abstractmethod
     def at_active(self, tensor: Tensor) -> Tensor:
         """Of a tensor shaped like `param`, the entries of active weights, as `active_indices`."""
+
+    def total(self, count: int) -> int:
+        """A count of weights that are here, added up over the ranks that share the weight."""
+        return self.part.totals(count)[0]
+
+    def least(self, indices: Tensor, magnitudes: Tensor, count: int) -> Tensor:
+        """Of some flat indices, ascending, the `count` with the least magnitudes."""
+        return indices[bottom_k_indices(magnitudes, count, name=self.name, part=self.part)]
+
+    @abstractmethod
+    def random_free(self, count: int, freed: Tensor, generator: torch.Generator) -> Tensor:
+        """Flat indices, ascending, of `count` connections at random among those that are inactive
+        and those at `freed`, which are about to be dropped."""
+
+    def drawn_for(self, indices: Tensor, drawn: Tensor) -> Tensor:
+        """Of numbers drawn for connections of the whole weight, those of the connections here.
+
+        Args:
+            indices: flat, ascending.
+            drawn: one number a connection, in the order of the connections.
+        """
+        before, _ = self.part.place(indices.numel())
+        weight = self.param
+        return drawn[before : before + indices.numel()].to(weight.device, weight.dtype)
 
     @abstractmethod
     def active_values(self, indices: Tensor) -> Tensor:
@@ -173,18 +228,13 @@ class ExchangeTarget(SparseTarget):
     # How masks change.
 
     @abstractmethod
-    def exchange(
-        self, dropped: Tensor, grown: Tensor, values: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def exchange(self, dropped: Tensor, grown: Tensor, values: Tensor | None = None) -> Exchanged:
         """Drop and grow connections; those in both sets stay as they are.
 
         Args:
             dropped: flat indices that are active now, int64.
             grown: flat indices to be active, none of them a kept connection, int64.
             values: start values of `grown`, 0 when None; used only where really new.
-
-        Returns:
-            The net index sets: weights that went inactive, and weights that are new.
         """
 
     @abstractmethod
@@ -197,4 +247,4 @@ class ExchangeTarget(SparseTarget):
 
     @abstractmethod
     def replace_mask(self, mask: Tensor) -> tuple[int, int]:
-        """Install a whole new mask; returns how many weights were (dropped, grown)."""
+        """Install a new mask of what is here; returns how many weights were (dropped, grown)."""

@@ -99,9 +99,9 @@ def _joined(target: SparseTarget, seen: torch.Tensor | None) -> torch.Tensor:
     """The weights of `seen` and those that are active now."""
     if seen is None:
         is_dense = not isinstance(target, CsrTarget)
-        return pack_mask(target.mask) if is_dense else target.active_indices()
+        return pack_mask(target.held_mask) if is_dense else target.active_indices()
     if seen.dtype == torch.uint8:
-        return seen | pack_mask(target.mask)
+        return seen | pack_mask(target.held_mask)
     joined: torch.Tensor = torch.unique(torch.cat([seen, target.active_indices()]))
     return joined
 

@@ -10,14 +10,20 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as some
 from runs import POLICIES, train, wrap
 from torch import Tensor
 
 import sparsetrain as st
 from sparsetrain.checkpoint import KEY, VERSION, check, describe_target
-from sparsetrain.storage.bits import pack_mask, unpack_mask
+from sparsetrain.storage.bits import (
+    pack_mask,
+    pack_rows,
+    packed_shape,
+    unpack_mask,
+    unpack_rows,
+)
 
 shapes = some.lists(some.integers(0, 5), max_size=5).map(tuple)
 
@@ -45,6 +51,19 @@ def test_packing_does_not_depend_on_the_memory_layout(shape: tuple[int, ...], se
     assert torch.equal(pack_mask(turned), pack_mask(mask))
 
 
+@given(shape=shapes, seed=some.integers(0, 2**32), data=some.data())
+def test_packed_rows_can_be_shared_out(shape: tuple[int, ...], seed: int, data: Any) -> None:
+    assume(shape)
+    mask = random_mask(shape, seed)
+    packed = pack_rows(mask)
+    assert tuple(packed.shape) == packed_shape(shape)
+    assert torch.equal(unpack_rows(packed, shape), mask)
+    cut = data.draw(some.integers(0, shape[0]))
+    parts = packed[:cut], packed[cut:]
+    rows = [unpack_rows(part, (part.shape[0], *shape[1:])) for part in parts]
+    assert torch.equal(torch.cat(rows), mask)
+
+
 def test_the_first_weight_is_the_highest_bit() -> None:
     mask = torch.tensor([[True, False, False, False, False], [False, True, True, True, False]])
     assert pack_mask(mask).tolist() == [0b10000011, 0b10000000]
@@ -62,7 +81,7 @@ def test_what_is_saved_of_a_target() -> None:
     saved = describe_target(target)
     assert saved.keys() == {"shape", "storage", "mask"}
     assert saved["shape"] == [16, 32]
-    assert torch.equal(unpack_mask(saved["mask"], (16, 32)), target.mask)
+    assert torch.equal(unpack_rows(saved["mask"], (16, 32)), target.mask)
     _, latent = wrap("momentum", "nm_sparse")
     assert describe_target(latent.targets["hidden.weight"]).keys() >= {"shape", "mask", "latent"}
 
@@ -81,7 +100,7 @@ def test_checkpoints_hold_nothing_that_weights_only_refuses(policy: str) -> None
     assert saved[KEY]["step_count"] == 4
     for name, target in optimizer.targets.items():
         entry = saved[KEY]["targets"][name]
-        assert torch.equal(unpack_mask(entry["mask"], target.shape), target.mask)
+        assert torch.equal(unpack_rows(entry["mask"], target.shape), target.mask)
 
 
 def renamed(saved: dict[str, Any]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
@@ -112,7 +112,10 @@ class Policy(Kinded):
         return {t.name: counts[t.name] / t.numel for t in group.targets}
 
     def initial_masks(self, group: TargetGroup) -> dict[str, Tensor]:
-        """Masks of `group.to_choose` to begin with; must not change model, targets or optimizer."""
+        """Masks of `group.to_choose` to begin with, of what is held here (`target.part`).
+
+        Must not change model, targets or optimizer.
+        """
         return random_masks(self, group)
 
     def update_is_due(self, step: int) -> bool:
@@ -204,8 +207,10 @@ def random_masks(policy: Policy, group: TargetGroup) -> dict[str, Tensor]:
     counts = policy.counts(group)
     masks = {}
     for target in group.to_choose:
+        # Every rank draws for the whole weight, so nothing has to be sent.
         scores = torch.rand(target.shape, generator=group.generator)
-        masks[target.name] = select(scores, counts[target.name], policy.structure, name=target.name)
+        mask = select(scores, counts[target.name], policy.structure, name=target.name)
+        masks[target.name] = target.part.held(mask)
     return masks
 
 
@@ -213,13 +218,26 @@ def scored_masks(policy: Policy, group: TargetGroup, score: Score) -> dict[str, 
     """Masks of the weights with the highest scores, exactly the allocated counts."""
     counts = policy.counts(group)
     scores = {
-        t.name: score.of(t.name, t.param, group.state_of(t.param), group.generator)
+        t.name: t.part.held(score.of(t.name, t.param, group.state_of(t.param), group.generator))
         for t in group.to_choose
     }
+    return best_masks(policy, group, scores, counts)
+
+
+def best_masks(
+    policy: Policy, group: TargetGroup, scores: Mapping[str, Tensor], counts: Mapping[str, int]
+) -> dict[str, Tensor]:
+    """Masks of the weights with the highest scores, of each target's or of all together.
+
+    Args:
+        scores: name -> scores of what is held here.
+        counts: name -> active weights of the whole weight.
+    """
+    parts = {target.name: target.part for target in group.to_choose}
     if isinstance(policy.allocation, Global) and isinstance(policy.structure, Unstructured):
-        return top_k_across(scores, sum(counts[name] for name in scores))
+        return top_k_across(scores, sum(counts[name] for name in scores), parts=parts)
     return {
-        name: select(values, counts[name], policy.structure, name=name)
+        name: select(values, counts[name], policy.structure, name=name, part=parts[name])
         for name, values in scores.items()
     }
 

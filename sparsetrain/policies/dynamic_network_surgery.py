@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import ClassVar, Literal
 
@@ -69,7 +70,7 @@ class DynamicNetworkSurgery(DynamicPolicy):
         """Dense: surgery begins with its first update."""
         if self.c_rate is None:
             self.counts(group)  # the sparsity has to be reachable; better told now than then
-        return {t.name: torch.ones_like(t.mask) for t in group.targets}
+        return {t.name: torch.ones_like(t.held_mask) for t in group.targets}
 
     def update_masks(self, group: TargetGroup, step: int) -> None:
         """Prune and splice, layer by layer, each with the decaying probability."""
@@ -96,17 +97,27 @@ class DynamicNetworkSurgery(DynamicPolicy):
     def _by_count(self, target: LatentTarget, magnitude: Tensor, count: int) -> Tensor:
         near = 1 - self.margin
         handicap = near / (1 + self.margin)
-        ranked = torch.where(target.mask, magnitude, magnitude * handicap)
-        return top_k(ranked, count, name=target.name)
+        ranked = torch.where(target.held_mask, magnitude, magnitude * handicap)
+        return top_k(ranked, count, name=target.name, part=target.part)
 
     def _by_threshold(self, group: TargetGroup, target: LatentTarget, magnitude: Tensor) -> Tensor:
         key = f"{target.name}.threshold"
         if key not in group.memory:
-            std, mean = torch.std_mean(magnitude.double(), correction=0)
-            group.memory[key] = max(float(mean + (self.c_rate or 0.0) * std), 0.0)
+            mean, std = mean_and_std(target, magnitude)
+            group.memory[key] = max(mean + (self.c_rate or 0.0) * std, 0.0)
         threshold = group.memory[key]
-        if not torch.isfinite(magnitude).all():
+        if target.total(int(torch.count_nonzero(~torch.isfinite(magnitude)))):
             raise ValueError(f"weights of {target.name} are NaN or infinite")
         stay = magnitude > (1 - self.margin) * threshold
         splice = magnitude > (1 + self.margin) * threshold
-        return torch.where(target.mask, stay, splice)
+        return torch.where(target.held_mask, stay, splice)
+
+
+def mean_and_std(target: LatentTarget, values: Tensor) -> tuple[float, float]:
+    """Of a number for each weight, of which these are held here; the population's deviation."""
+    if target.part.is_whole:
+        std, mean = torch.std_mean(values.double(), correction=0)
+        return float(mean), float(std)
+    mean = target.part.sum(values.double().sum().cpu()) / target.numel
+    squares = target.part.sum((values.double() - mean.to(values.device)).square().sum().cpu())
+    return float(mean), math.sqrt(float(squares) / target.numel)

@@ -7,28 +7,13 @@ keeps its value and its optimizer state (as in the authors' code of RigL and SET
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from sparsetrain._lookup import places
 from sparsetrain.policies.group import TargetGroup
-from sparsetrain.random_choice import random_ranks
-from sparsetrain.selection import group_top_k
+from sparsetrain.selection import unit_top_k
 from sparsetrain.structures import Structure, Unstructured
 from sparsetrain.targets import ExchangeTarget
-
-
-def random_free(numel: int, kept: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """`count` flat indices below `numel`, uniformly at random among those not in `kept`.
-
-    Args:
-        kept: ascending.
-        generator: CPU random source.
-    """
-    ranks = random_ranks(numel - kept.numel(), count, generator).to(kept.device)
-    # The r-th free index is r plus the number of kept indices before it.
-    before = kept - torch.arange(kept.numel(), device=kept.device)
-    return ranks + places(before, ranks + 1)
+from sparsetrain.units import from_units, to_units
 
 
 def drop_and_grow_units(
@@ -42,17 +27,21 @@ def drop_and_grow_units(
     """Drop and grow with structured sparsity: units (blocks, inputs of a row) compete in groups.
 
     Args:
-        drop_scores: importance of every weight, non-negative, of the weight's shape.
-        grow_scores: wish to grow every weight, non-negative, of the weight's shape.
+        drop_scores: importance of every weight that is held here, non-negative.
+        grow_scores: wish to grow every weight that is held here, non-negative.
     """
-    name, mask = target.name, target.mask
-    active = structure.units(mask.float()) > 0
-    in_group = int(active[0].sum())
+    mask, part = target.held_mask, target.part
+
+    def best(units: Tensor, out: Tensor, count: int) -> Tensor:
+        units = units.masked_fill(out, -1.0)
+        return unit_top_k(units, count, structure, part, name=target.name)
+
+    active = to_units(structure, mask.float(), part) > 0
+    in_group = target.active * active.shape[1] // target.numel
     keep = in_group - int(in_group * fraction)
-    kept = group_top_k(structure.units(drop_scores).masked_fill(~active, -1.0), keep, name=name)
-    wish = structure.units(grow_scores).masked_fill(kept, -1.0)
-    grown = group_top_k(wish, in_group - keep, name=name)
-    new = structure.expand(kept | grown, target.shape)
+    kept = best(to_units(structure, drop_scores, part), ~active, keep)
+    grown = best(to_units(structure, grow_scores, part), kept, in_group - keep)
+    new = from_units(structure, kept | grown, part)
     group.exchange(target, flat_indices(mask & ~new), flat_indices(new & ~mask))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -9,13 +10,13 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from sparsetrain.allocation import Global, allocate
-from sparsetrain.policies.base import DynamicPolicy
+from sparsetrain.policies.base import DynamicPolicy, best_masks
 from sparsetrain.policies.engine import flat_indices, is_unstructured
 from sparsetrain.policies.group import TargetGroup
 from sparsetrain.schedules import Schedule, UpdateSchedule
 from sparsetrain.scores import Magnitude, ScoreField
 from sparsetrain.scores.base import ACCUMULATED
-from sparsetrain.selection import bottom_k_indices, select, top_k_across
+from sparsetrain.selection import select, top_k_across
 from sparsetrain.targets import ExchangeTarget
 
 _EMPTY = torch.empty(0, dtype=torch.int64)
@@ -59,13 +60,8 @@ class Gradual(DynamicPolicy):
         """The weights of largest magnitude at `initial_sparsity` (all of them when it is 0)."""
         self.counts(group)  # the end has to be reachable; better told now than then
         counts = self._counts_at(group, self.initial_sparsity)
-        magnitudes = {t.name: t.param.detach().abs() for t in group.to_choose}
-        if isinstance(self.allocation, Global):
-            return top_k_across(magnitudes, sum(counts[name] for name in magnitudes))
-        return {
-            name: select(values, counts[name], self.structure, name=name)
-            for name, values in magnitudes.items()
-        }
+        magnitudes = {t.name: t.part.held(t.param).abs() for t in group.to_choose}
+        return best_masks(self, group, magnitudes, counts)
 
     def last_update(self) -> int:
         """The step of the last update, where the curve ends."""
@@ -119,21 +115,23 @@ class Gradual(DynamicPolicy):
         self, group: TargetGroup, target: ExchangeTarget, scores: Tensor, count: int
     ) -> None:
         if is_unstructured(self.structure):
-            active = target.active_indices()
             values = target.at_active(scores)
-            gone = active[bottom_k_indices(values, target.active - count, name=target.name)]
+            gone = target.least(target.active_indices(), values, target.active - count)
         else:
-            last = scores.min() - 1
-            ranked = torch.where(target.mask, scores, last)
-            keep = select(ranked, count, self.structure, name=target.name)
-            gone = flat_indices(target.mask & ~keep)
+            here, part = target.part.held(scores), target.part
+            last = part.lowest(float(here.min()) if here.numel() else math.inf) - 1
+            ranked = torch.where(target.held_mask, here, last)
+            keep = select(ranked, count, self.structure, name=target.name, part=part)
+            gone = flat_indices(target.held_mask & ~keep)
         group.exchange(target, gone, _EMPTY.to(gone.device))
 
     def _drop_across(self, group: TargetGroup, scores: dict[str, Tensor], total: int) -> None:
         """One ranking over all active weights of the group."""
         active = {t.name: t.active_indices() for t in group.exchangeable}
         values = {t.name: t.at_active(scores[t.name]) for t in group.exchangeable}
-        keep = top_k_across(values, min(total, sum(v.numel() for v in values.values())))
+        parts = {t.name: t.part for t in group.exchangeable}
+        total = min(total, sum(t.active for t in group.exchangeable))
+        keep = top_k_across(values, total, parts=parts)
         for target in group.exchangeable:
             gone = active[target.name][~keep[target.name]]
             group.exchange(target, gone, _EMPTY.to(gone.device))

@@ -10,10 +10,8 @@ import torch
 from torch import Tensor
 
 from sparsetrain.report.events import LayerChange
-from sparsetrain.targets import ExchangeTarget, SparseTarget
+from sparsetrain.targets import Exchanged, ExchangeTarget, SparseTarget
 
-#: Flat indices of weights that went inactive, and of those that are new.
-Exchanged = tuple[Tensor, Tensor]
 TargetT = TypeVar("TargetT", bound=SparseTarget)
 
 
@@ -75,8 +73,8 @@ class TargetGroup:
         """Plan to drop and grow connections of a target; optimizer state of both starts afresh."""
 
         def change() -> LayerChange:
-            gone, new = self.carry_state(target, lambda: target.exchange(dropped, grown, values))
-            return _change_of(target, gone.numel(), new.numel())
+            done = self.carry_state(target, lambda: target.exchange(dropped, grown, values))
+            return _change_of(target, done.dropped, done.grown)
 
         self.plan(change)
 

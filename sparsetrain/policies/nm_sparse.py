@@ -86,10 +86,10 @@ class NMSparse(Policy):
         structure = NM(n=self.n, m=self.m)
         for target in group.targets:
             structure.check(target.shape, target.name)
-        return {t.name: self._mask(t.param.detach(), t.name) for t in group.targets}
+        return {t.name: self._mask(t, t.part.held(t.param)) for t in group.targets}
 
-    def _mask(self, weight: Tensor, name: str) -> Tensor:
-        return n_m_mask(weight.abs(), self.n, self.m, name=name)
+    def _mask(self, target: SparseTarget, weight: Tensor) -> Tensor:
+        return n_m_mask(weight.abs(), self.n, self.m, name=target.name, part=target.part)
 
     def update_is_due(self, step: int) -> bool:
         """Every step, unless the update schedule says otherwise."""
@@ -101,15 +101,16 @@ class NMSparse(Policy):
             grad = target.param.grad
             if grad is not None and self.decay:
                 latent = target.latent_weight()
-                grad.add_(torch.where(target.mask, 0.0, latent), alpha=self.decay)
+                pruned = torch.where(target.held_mask, 0.0, latent)
+                target.part.held(grad).add_(pruned, alpha=self.decay)
 
     def update_masks(self, group: TargetGroup, step: int) -> None:
         """Choose the n largest latent weights of every group."""
         for target in group.held_as(LatentTarget):
-            group.replace_mask(target, self._mask(target.latent_weight(), target.name))
+            group.replace_mask(target, self._mask(target, target.latent_weight()))
 
     def after_narrowing(self, group: TargetGroup, narrowed: Sequence[SparseTarget]) -> None:
         """Choose anew at once: other inputs are in a group now, and n of each have to be left."""
         for target in narrowed:
             if isinstance(target, LatentTarget):
-                target.replace_mask(self._mask(target.latent_weight(), target.name))
+                target.replace_mask(self._mask(target, target.latent_weight()))

@@ -40,12 +40,8 @@ class RigL(DynamicPolicy):
                 dropped = target.least_active(count)
                 group.exchange(target, dropped, target.steepest_free(count, dropped))
             else:
-                gradient = gradient_of(target.name, target.param, self.kind)
-                drop_and_grow_units(
-                    group,
-                    target,
-                    fraction,
-                    target.param.detach().abs(),
-                    gradient.abs(),
-                    self.structure,
+                magnitude, wish = (
+                    target.part.held(tensor).abs()
+                    for tensor in (target.param, gradient_of(target.name, target.param, self.kind))
                 )
+                drop_and_grow_units(group, target, fraction, magnitude, wish, self.structure)

@@ -8,16 +8,10 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from sparsetrain._lookup import without
 from sparsetrain.policies.base import DynamicPolicy
-from sparsetrain.policies.engine import (
-    drop_and_grow_units,
-    is_unstructured,
-    random_free,
-)
+from sparsetrain.policies.engine import drop_and_grow_units, is_unstructured
 from sparsetrain.policies.group import TargetGroup
 from sparsetrain.schedules import ConstantFraction, as_schedule
-from sparsetrain.selection import bottom_k_indices
 from sparsetrain.targets import ExchangeTarget
 
 
@@ -59,35 +53,38 @@ class SET(DynamicPolicy):
         fraction = self.drop_fraction.at(self.progress(step))
         for target in group.exchangeable:
             if not is_unstructured(self.structure):
-                magnitude = target.param.detach().abs()
-                wish = torch.rand(target.shape, generator=group.generator).to(magnitude.device)
+                magnitude = target.part.held(target.param).abs()
+                wish = target.part.held(torch.rand(target.shape, generator=group.generator))
+                wish = wish.to(magnitude.device)
                 drop_and_grow_units(group, target, fraction, magnitude, wish, self.structure)
                 continue
-            active = target.active_indices()
             if self.drop == "magnitude":
-                dropped = target.least_active(int(fraction * target.active))
+                count = int(fraction * target.active)
+                dropped = target.least_active(count)
             else:
-                values = target.active_values(active)
-                dropped = active[smallest_of_each_sign(values, fraction, target.name)]
-            kept = without(active, dropped)
-            grown = random_free(target.numel, kept, dropped.numel(), group.generator)
-            group.exchange(target, dropped, grown, self._start_values(group, target, grown.numel()))
+                dropped, count = smallest_of_each_sign(target, fraction)
+            grown = target.random_free(count, dropped, group.generator)
+            values = self._start_values(group, target, grown, count)
+            group.exchange(target, dropped, grown, values)
 
     def _start_values(
-        self, group: TargetGroup, target: ExchangeTarget, count: int
+        self, group: TargetGroup, target: ExchangeTarget, grown: Tensor, count: int
     ) -> Tensor | None:
         """New weights drawn from a normal, or None for zeros."""
         if self.grow_std == 0:
             return None
         drawn = torch.randn(count, generator=group.generator) * self.grow_std
-        return drawn.to(target.param.detach())
+        return target.drawn_for(grown, drawn)
 
 
-def smallest_of_each_sign(values: Tensor, fraction: float, name: str) -> Tensor:
-    """Positions of the given share of the smallest positives, and of the largest negatives."""
-    chosen = []
+def smallest_of_each_sign(target: ExchangeTarget, fraction: float) -> tuple[Tensor, int]:
+    """Flat indices, ascending, of the given share of the smallest positive active weights and of
+    the largest negative ones, and how many these are in the whole weight."""
+    active = target.active_indices()
+    values = target.active_values(active)
+    chosen, total = [], 0
     for side in (values >= 0, values < 0):
-        positions = side.nonzero().view(-1)
-        count = int(fraction * positions.numel())
-        chosen.append(positions[bottom_k_indices(values[positions].abs(), count, name=name)])
-    return torch.cat(chosen).sort().values
+        count = int(fraction * target.total(int(side.count_nonzero())))
+        chosen.append(target.least(active[side], values[side].abs(), count))
+        total += count
+    return torch.cat(chosen).sort().values, total

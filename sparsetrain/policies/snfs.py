@@ -64,11 +64,11 @@ class SNFS(DynamicPolicy):
             if gradient is None:
                 continue
             # A NaN of one batch would stay in the running mean for good.
-            gradient = torch.nan_to_num(gradient, 0.0, 0.0, 0.0)
+            gradient = torch.nan_to_num(target.part.held(gradient), 0.0, 0.0, 0.0)
             mean = group.memory.get(target.name)
-            if mean is None:
-                mean = torch.zeros_like(gradient)
-            group.memory[target.name] = mean.to(gradient.dtype).lerp_(gradient, 1 - self.momentum)
+            mean = torch.zeros_like(gradient) if mean is None else target.part.held(mean)
+            mean = mean.to(gradient.dtype).lerp_(gradient, 1 - self.momentum)
+            group.memory[target.name] = target.part.wrap(mean)
 
     def update_masks(self, group: TargetGroup, step: int) -> None:
         """Drop everywhere, then grow where momentum is large."""
@@ -101,8 +101,10 @@ def _claims(targets: list[ExchangeTarget], momenta: dict[str, Tensor]) -> dict[s
     """Share of the growth for each layer: its mean momentum magnitude over active weights."""
     means = {}
     for target in targets:
-        active = momenta[target.name].reshape(-1)[target.active_indices()]
-        mean = float(active.double().abs_().mean()) if active.numel() else 0.0
+        momentum = target.part.held(momenta[target.name])
+        active = momentum.reshape(-1)[target.active_indices()]
+        size = target.part.sum(active.double().abs_().sum().cpu())
+        mean = float(size) / max(target.active, 1)
         if not mean < math.inf:
             raise ValueError(f"the momentum of {target.name} is NaN or infinite")
         means[target.name] = mean

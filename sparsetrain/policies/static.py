@@ -89,7 +89,10 @@ class Static(Policy):
         """The masks, or the weights with the highest scores."""
         if self.masks is None:
             return scored_masks(self, group, self.score)
-        return {t.name: self._mask_of(t.name, t.shape).to(t.param.device) for t in group.to_choose}
+        return {
+            t.name: t.part.held(self._mask_of(t.name, t.shape)).to(t.param.device)
+            for t in group.to_choose
+        }
 
     def narrowed(self, name: str, dim: int, keep: Tensor) -> Static:
         """The same with what is left of the mask, where it is given."""

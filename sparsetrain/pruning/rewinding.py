@@ -116,7 +116,7 @@ def _load(part: Any, state: Any) -> None:
     elif isinstance(part, SparseOptimizer):
         part.base.load_state_dict(state)
         for target in part.targets.values():
-            zero_inactive_state(part.base, target.param, target.mask)
+            zero_inactive_state(part.base, target)
     else:
         part.load_state_dict(state)
 

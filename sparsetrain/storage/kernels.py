@@ -51,9 +51,11 @@ def is_set_at(tensor: Tensor, index: tuple[int, ...]) -> bool:
     return bool(tensor.numpy()[index] != 0)
 
 
-def first_unset(mask: Tensor) -> tuple[int, ...]:
-    """Index of the first False of a CPU mask that has one."""
+def first_unset(mask: Tensor) -> tuple[int, ...] | None:
+    """Index of the first False of a CPU mask, or None."""
     values = mask.numpy()
+    if values.all():
+        return None
     return tuple(int(i) for i in np.unravel_index(values.argmin(), values.shape))
 
 

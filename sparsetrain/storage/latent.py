@@ -23,23 +23,23 @@ class LatentTarget(MaskedTarget):
 
     def __init__(self, name: str, param: Parameter) -> None:
         super().__init__(name, param)
-        self._latent = param.detach().clone()
+        self._latent = self.weight().clone()
         self._revealed = False
 
     def latent_weight(self) -> Tensor:
-        """Dense weight, of the weight's shape; active entries are the model's own."""
+        """Dense weight of what is held here; active entries are the model's own."""
         if self._revealed:
-            return self.param.detach()
-        return torch.where(self._mask, self.param.detach(), self._latent)
+            return self.weight()
+        return torch.where(self._mask, self.weight(), self._latent)
 
     def replace_mask(self, mask: Tensor) -> tuple[int, int]:
         """Install a new mask; weights that come back resume from their latent value."""
         self._latent = self.latent_weight()
-        self.param.detach().copy_(self._latent)
+        self.weight().copy_(self._latent)
         return super().replace_mask(mask)
 
     def _write_exchanged(self, gone: Tensor, new: Tensor, values: Tensor | None) -> None:
-        write_flat_(self._latent, gone, read_flat(self.param.detach(), gone))
+        write_flat_(self._latent, gone, read_flat(self.weight(), gone))
         super()._write_exchanged(gone, new, read_flat(self._latent, new))
 
     def take(self, dim: int, keep: Tensor) -> None:
@@ -53,17 +53,17 @@ class LatentTarget(MaskedTarget):
     def before_step(self) -> None:
         """Put the latent weights back for the base optimizer to step on."""
         self._original = None
-        if self._mask.device != self.param.device:
-            self._mask = self._mask.to(self.param.device)
-            self._latent = self._latent.to(self.param.device)
+        device = self.weight().device
+        if self._mask.device != device:
+            self._mask, self._latent = self._mask.to(device), self._latent.to(device)
         if not self._revealed:
-            self.param.detach().copy_(self.latent_weight())
+            self.weight().copy_(self.latent_weight())
             self._revealed = True
 
     def conceal(self) -> None:
         """Take the latent weights out again, so that the forward pass sees the masked ones."""
         if self._revealed:
-            self._latent.copy_(self.param.detach())
+            self._latent.copy_(self.weight())
             self._revealed = False
             self.mask_weight()
 
@@ -73,11 +73,11 @@ class LatentTarget(MaskedTarget):
 
     def extra_state(self) -> dict[str, Tensor]:
         """The latent weight."""
-        return {"latent": self.latent_weight().clone()}
+        return {"latent": self.part.wrap(self.latent_weight().clone())}
 
     def restore(self, mask: Tensor, state: dict[str, Any]) -> None:
         """Take mask and latent weights of a checkpoint; active weights stay those of the model."""
-        self._latent = state["latent"].to(self._latent).clone()
+        self._latent = self.part.held(state["latent"]).to(self._latent).clone()
         self._revealed = False
         super().restore(mask, state)
 

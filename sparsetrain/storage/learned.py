@@ -12,7 +12,7 @@ from torch.nn.utils import parametrize
 from torch.utils.hooks import RemovableHandle
 
 from sparsetrain.learned import LearnedMask
-from sparsetrain.storage.bits import pack_mask, unpack_mask
+from sparsetrain.storage.bits import pack_rows, unpack_rows
 from sparsetrain.targets import SparseTarget
 
 #: A module and the name that it has for the weight.
@@ -119,12 +119,12 @@ class LearnedTarget(SparseTarget):
 
     def describe(self) -> dict[str, Any]:
         """The mask, for those who read the checkpoint."""
-        return {"mask": pack_mask(self.mask)}
+        return {"mask": pack_rows(self.mask)}
 
     def check_entry(self, entry: Mapping[str, Any]) -> None:
         """Nothing beside the mask."""
 
     def restore_entry(self, entry: Mapping[str, Any]) -> None:
         """The mask, where it is no function of gates and weight."""
-        self._told = unpack_mask(entry["mask"], self.shape).to(self.param.device)
+        self._told = unpack_rows(entry["mask"], self.shape).to(self.param.device)
         self.learned.restore(self._told)

@@ -134,7 +134,7 @@ def test_an_exchange_does_to_values_what_it_does_to_a_dense_weight(
     gradient = spread(both.targets[1], both.targets[1].param.grad)
     values = torch.arange(1.0, len(grown) + 1).double() if with_values else None
     index = [torch.tensor(i, dtype=torch.int64) for i in (dropped, grown)]
-    (gone, new), (gone_csr, new_csr) = both.exchange(*index, values, fresh=fresh)
+    (gone, new, *_), (gone_csr, new_csr, *_) = both.exchange(*index, values, fresh=fresh)
     assert sorted(gone.tolist()) == gone_csr.tolist() == sorted(set(dropped) - set(grown))
     assert sorted(new.tolist()) == new_csr.tolist() == sorted(set(grown) - set(active))
     both.check()
@@ -182,7 +182,7 @@ def test_exchanges_of_very_many(share: float) -> None:
     grown = free.nonzero().view(-1)
     grown = grown[torch.rand(grown.numel(), generator=generator) < 0.2]
     values = torch.randn(grown.numel(), generator=generator).double()
-    (gone, new), (gone_csr, new_csr) = both.exchange(dropped, grown, values)
+    (gone, new, *_), (gone_csr, new_csr, *_) = both.exchange(dropped, grown, values)
     assert torch.equal(gone, gone_csr) and torch.equal(new, new_csr)
     both.check()
     masked, csr = both.targets
@@ -241,7 +241,7 @@ def test_the_pattern_of_a_checkpoint_is_taken_as_an_exchange() -> None:
     before = dense_weight(csr).clone()
     pattern = Pattern.of(torch.tensor([3, 4, 7]), (4, 5))
     entry = {"row_pointers": pattern.pointers.long(), "columns": pattern.columns.long()}
-    gone, new = csr.take_pattern(entry)
+    gone, new, *_ = csr.take_pattern(entry)
     assert (gone.tolist(), new.tolist()) == ([0, 9], [4])
     assert csr.layer.pattern == pattern
     assert dense_weight(csr).view(-1)[[3, 7]].equal(before.view(-1)[[3, 7]])

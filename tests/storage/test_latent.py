@@ -16,7 +16,7 @@ def target_of(values: list[float], mask: list[int]) -> LatentTarget:
 
 def test_exchanged_weights_go_to_their_latent_value_and_come_back_with_it() -> None:
     target = target_of([4.0, 3.0, 2.0, 1.0], [1, 1, 0, 0])
-    gone, new = target.exchange(torch.tensor([1]), torch.tensor([3]))
+    gone, new, *_ = target.exchange(torch.tensor([1]), torch.tensor([3]))
     assert (gone.tolist(), new.tolist()) == ([1], [3])
     assert target.param.tolist() == [[4.0, 0.0, 0.0, 1.0]]
     assert target.latent_weight().tolist() == [[4.0, 3.0, 2.0, 1.0]]

@@ -10,12 +10,14 @@ import torch
 from torch import Tensor
 
 from sparsetrain._lookup import places, without
+from sparsetrain.distributed.part import Part
+from sparsetrain.random_choice import random_free
 from sparsetrain.selection import bottom_k_indices, extreme_indices
 from sparsetrain.storage.csr.growth import largest_in_blocks
 from sparsetrain.storage.csr.layers import SparseLayer
 from sparsetrain.storage.csr.pattern import Pattern, as_matrix, check
 from sparsetrain.storage.csr.tape import Tape
-from sparsetrain.targets import ExchangeTarget
+from sparsetrain.targets import Exchanged, ExchangeTarget
 
 #: Two ways to sum the same products differ by less.
 _ROUNDING = 1e-5
@@ -36,6 +38,7 @@ class CsrTarget(ExchangeTarget):
         self.built = built
         super().__init__(name, layer.values)
         self.shape = layer.weight_shape
+        self.part = Part(self.shape)
         self.numel = layer.pattern.shape[0] * layer.pattern.shape[1]
         # How the last exchange moved connections: where each was before, and where new ones are.
         self._source = self._at_new = torch.empty(0, dtype=torch.int64)
@@ -79,6 +82,11 @@ class CsrTarget(ExchangeTarget):
         taken = self.mask
         taken.view(-1)[freed] = False
         return extreme_indices(scores, taken, count, among=False, largest=True, name=self.name)
+
+    def random_free(self, count: int, freed: Tensor, generator: torch.Generator) -> Tensor:
+        """Flat indices, ascending, at random among those that are inactive or `freed`."""
+        kept = without(self.active_indices(), freed)
+        return random_free(self.part, kept, count, generator)
 
     # The dense gradient, in blocks.
 
@@ -134,9 +142,7 @@ class CsrTarget(ExchangeTarget):
 
     # Changing the pattern.
 
-    def exchange(
-        self, dropped: Tensor, grown: Tensor, values: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def exchange(self, dropped: Tensor, grown: Tensor, values: Tensor | None = None) -> Exchanged:
         """Drop and grow connections; those in both sets stay as they are."""
         active = self.active_indices()
         stays = torch.ones(active.numel(), dtype=torch.bool)
@@ -153,7 +159,8 @@ class CsrTarget(ExchangeTarget):
         new = grown[is_new]
         starts = None if values is None else values[order[is_new]]
         self._rebuild(active, stays, new, place[is_new], starts)
-        return active[~stays], new
+        gone = active[~stays]
+        return Exchanged(gone, new, gone.numel(), new.numel())
 
     def _rebuild(
         self, active: Tensor, stays: Tensor, new: Tensor, place: Tensor, starts: Tensor | None
@@ -200,8 +207,8 @@ class CsrTarget(ExchangeTarget):
     def replace_mask(self, mask: Tensor) -> tuple[int, int]:
         """Install a whole new mask; returns how many weights were dropped and grown."""
         flat = mask.reshape(-1).nonzero().view(-1)
-        gone, new = self.exchange(self.active_indices(), flat)
-        return gone.numel(), new.numel()
+        done = self.exchange(self.active_indices(), flat)
+        return done.dropped, done.grown
 
     def release(self) -> None:
         """Stop watching the gradient."""
@@ -220,7 +227,7 @@ class CsrTarget(ExchangeTarget):
     def restore_entry(self, entry: Mapping[str, Any]) -> None:
         """Nothing is left to do after `take_pattern`, which comes before the optimizer's state."""
 
-    def take_pattern(self, entry: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    def take_pattern(self, entry: Mapping[str, Any]) -> Exchanged:
         """Take the pattern of a checkpoint, as an exchange that keeps what is in both."""
         pattern = Pattern(self.layer.pattern.shape, entry["row_pointers"], entry["columns"])
         return self.exchange(self.active_indices(), pattern.flat())
