@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from sparsetrain import travelling
 from sparsetrain.config import did_you_mean
 from sparsetrain.recipe import Recipe
 from sparsetrain.storage.bits import unpack_rows
@@ -20,6 +21,32 @@ from sparsetrain.targets import SparseTarget
 
 KEY = "sparsetrain"
 VERSION = 3
+
+
+def joined(
+    state: dict[str, Any], saved: dict[str, Any], remembered: Sequence[Mapping[str, Tensor]]
+) -> dict[str, Any]:
+    """A base optimizer's state dict with the sparse part in it.
+
+    Args:
+        remembered: as `travelling.pack` takes it.
+    """
+    state = {**state, KEY: saved}
+    first, *others = state["param_groups"]
+    if all(storage_of(entry) != "csr" for entry in saved["targets"].values()):
+        first = {**first, KEY: travelling.pack(saved, remembered)}
+    return {**state, "param_groups": [first, *others]}
+
+
+def split(state: dict[str, Any]) -> tuple[dict[str, Any], Any]:
+    """Inverse of `joined`: the base optimizer's state dict, and the sparse part or None."""
+    groups = [dict(group) for group in state.get("param_groups", [])]
+    packed = [group.pop(KEY) for group in groups if KEY in group]
+    saved = state.get(KEY)
+    if saved is None and packed:
+        saved = travelling.unpack(packed[0])
+    rest = {key: value for key, value in state.items() if key != KEY}
+    return rest | ({"param_groups": groups} if "param_groups" in state else {}), saved
 
 
 def describe_target(target: SparseTarget) -> dict[str, Any]:

@@ -303,6 +303,10 @@ class Keeper:
             "measured": self.holder.choice.measured(),
         }
 
+    def remembered(self) -> list[dict[str, Tensor]]:
+        """For each group what its policy may keep of each weight, as it begins."""
+        return [policy.remembers(group) for policy, group in self.groups]
+
     def can_switch(self, name: str) -> bool:
         """Whether a checkpoint may decide how a weight is held."""
         return self.holder.can_switch(self.groups, name)

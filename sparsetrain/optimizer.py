@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from sparsetrain import checkpoint, narrowing
+from sparsetrain.distributed.fresh_state import makes_state_only
 from sparsetrain.holding import Holder
 from sparsetrain.keeper import Keeper, Listener
 from sparsetrain.narrowing import Cut
@@ -126,6 +127,8 @@ class SparseOptimizer(Optimizer):
             What the closure returned, or None.
         """
         self._require_live()
+        if closure is None and makes_state_only(self.base):
+            return self._make_state()
         if self._keeper.replaces_step():
             return self._update_instead(closure)
         # Gradients are masked after every other pre-hook, weights before every other post-hook.
@@ -275,13 +278,14 @@ class SparseOptimizer(Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """The base optimizer's state dict plus the key "sparsetrain"; loads with weights_only.
 
-        After `finalize` it is the base optimizer's alone.
+        The first parameter group holds the same in the form that `torch.distributed.checkpoint`
+        carries. After `finalize` it is the base optimizer's alone.
         """
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
         state = self.base.state_dict()
         if not self._finalized:
-            state = {**state, checkpoint.KEY: self._keeper.state_dict()}
+            state = checkpoint.joined(state, self._keeper.state_dict(), self._keeper.remembered())
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             changed = post_hook(self, state)
             state = state if changed is None else changed
@@ -301,7 +305,7 @@ class SparseOptimizer(Optimizer):
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             changed = pre_hook(self, state)
             state = state if changed is None else changed
-        saved = state.pop(checkpoint.KEY, None)
+        state, saved = checkpoint.split(state)
         keeper = self._keeper
         checkpoint.check(saved, self.recipe, self.targets, len(keeper.groups), keeper.can_switch)
         checkpoint.check_groups(state, self.base)
@@ -334,6 +338,14 @@ class SparseOptimizer(Optimizer):
     def _attach(self) -> None:
         self._pre = self.base.register_step_pre_hook(self._before_base_step)
         self._post = self.base.register_step_post_hook(self._after_base_step)
+
+    def _make_state(self) -> None:
+        """A step of the base optimizer that is none of training: masks and clock stay."""
+        self._stepping, self._depth = True, 1
+        try:
+            self.base.step()
+        finally:
+            self._stepping = False
 
     def _before_base_step(self, base: Optimizer, args: Any, kwargs: dict[str, Any]) -> Any:
         if not self._stepping:

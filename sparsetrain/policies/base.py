@@ -141,6 +141,13 @@ class Policy(Kinded):
         """What the policy adds to the loss at this step; None for one without a regulariser."""
         return None
 
+    def remembers(self, group: TargetGroup) -> dict[str, Tensor]:
+        """Every tensor that may be in the group's memory at some time, as it begins.
+
+        So that a checkpoint has the same entries at every step. Numbers need not be told of.
+        """
+        return {}
+
     def finish(self, group: TargetGroup, step: int) -> None:
         """Do what is left to do before the masks become final."""
 

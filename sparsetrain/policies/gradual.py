@@ -99,6 +99,12 @@ class Gradual(DynamicPolicy):
             if seen is not None:
                 group.memory[key] = seen
 
+    def remembers(self, group: TargetGroup) -> dict[str, Tensor]:
+        """What the score has summed of every weight."""
+        if not self.score.accumulates:
+            return {}
+        return {_seen(t): torch.zeros_like(t.param.detach()) for t in group.exchangeable}
+
     def _known(self, group: TargetGroup, target: ExchangeTarget) -> dict[str, Any]:
         """What a score may look at beside the weight."""
         known = dict(group.state_of(target.param))

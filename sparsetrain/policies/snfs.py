@@ -70,6 +70,10 @@ class SNFS(DynamicPolicy):
             mean = mean.to(gradient.dtype).lerp_(gradient, 1 - self.momentum)
             group.memory[target.name] = target.part.wrap(mean)
 
+    def remembers(self, group: TargetGroup) -> dict[str, Tensor]:
+        """The momentum of every weight."""
+        return {t.name: torch.zeros_like(t.param.detach()) for t in group.exchangeable}
+
     def update_masks(self, group: TargetGroup, step: int) -> None:
         """Drop everywhere, then grow where momentum is large."""
         fraction = self.drop_fraction.at(self.progress(step))
