@@ -7,11 +7,15 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from sparsetrain import base_state, checkpoint
 from sparsetrain.base_state import RestingStates
+from sparsetrain.distributed.following import Places, take_over
+from sparsetrain.distributed.part import part_of
+from sparsetrain.distributed.sharded_modules import Move, hand_over
 from sparsetrain.policies import LearnedPolicy, Policy
 from sparsetrain.policies.group import TargetGroup
 from sparsetrain.storage.csr.target import CsrTarget
@@ -35,6 +39,7 @@ class Holder:
 
     def __init__(self, base: Optimizer, model: nn.Module, storage: Storage) -> None:
         self.base = base
+        self.model = model
         self.choice = StorageChoice(model, storage)
         self.targets: dict[str, SparseTarget] = {}
         self.resting = RestingStates(base)
@@ -128,12 +133,47 @@ class Holder:
             dense: False leaves every weight as it is held.
         """
         self.choice.release()
+        moves: list[Move] = []
+        dropped: list[nn.Module] = []
         for _, group, number, target in _each(groups):
             if dense and isinstance(target, CsrTarget) and not target.built:
                 self._install(group, number, self._masked(target))
+            if isinstance(target, LearnedTarget) and not target.part.is_whole:
+                moves += target.moves()
+                dropped.append(target.learned)
             group.targets[number].release()
             if isinstance(target, LearnedTarget):
                 base_state.drop_parameters(self.base, target.learned.gates())
+        if moves:
+            hand_over(self.model, moves, dropped)
+
+    def locate(self) -> None:
+        """Remember where the model has the parameters that the optimizer trains."""
+        self.places = Places(self.model, self.base)
+
+    @torch.no_grad()
+    def follow_shards(self, groups: Groups) -> None:
+        """Go on with parameters that `fully_shard` has put in the place of those that were here."""
+        replaced = self.places.replaced()
+        if not replaced:
+            return
+        by_id = {id(old): new for old, new in replaced}
+        for old, new in replaced:
+            take_over(self.base, old, new)
+        for _, group, _, target in _each(groups):
+            place = by_id.get(id(target.param))
+            if place is not None:
+                self._shard_memory(group, target, place)
+                target.follow(place)
+        self.resting.look_again()
+
+    def _shard_memory(self, group: TargetGroup, target: SparseTarget, new: Parameter) -> None:
+        """What a policy remembers of each weight of a target, by its name: what of it is here."""
+        part = part_of(target.name, new)
+        for key, value in group.memory.items():
+            is_its_own = key == target.name or key.startswith(f"{target.name}.")
+            if is_its_own and isinstance(value, Tensor) and tuple(value.shape) == target.shape:
+                group.memory[key] = part.wrap(part.held(value).clone())
 
     def _masked(self, target: CsrTarget) -> SparseTarget:
         return to_masked(self.base, target, self.resting.of(target.param).fresh)

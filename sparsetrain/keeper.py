@@ -84,7 +84,12 @@ class Keeper:
                 self._zero_inactive_state(target)
                 self.holder.choice.begin(policy, target)
         self.holder.settle(self.groups)
+        self.holder.locate()
         self._announce_step()
+
+    def follow_shards(self) -> None:
+        """Go on with parameters that `fully_shard` has put in the place of the optimizer's."""
+        self.holder.follow_shards(self.groups)
 
     def adopt_waiting(self) -> None:
         """Look again at tensors that the base optimizer did not hold before."""
@@ -230,9 +235,10 @@ class Keeper:
         return changes
 
     def _tell(self, step: int, changes: list[LayerChange]) -> None:
-        if not self.listeners:
+        # What counts over ranks is asked of all of them, whichever listen.
+        if not self.listeners and all(target.part.is_whole for target in self.targets.values()):
             return
-        total = sum(target.numel for target in self.targets.values())
+        total = sum(target.part.held_numel for target in self.targets.values())
         rate = self.tracker.exploration_rate(total)
         event = UpdateEvent(step, self.sparsity(), rate, tuple(changes))
         for listener in list(self.listeners.values()):

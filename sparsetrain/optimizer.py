@@ -88,6 +88,7 @@ class SparseOptimizer(Optimizer):
     @property
     def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
         """The wrapped optimizer's parameter groups, shared."""
+        self._keeper.follow_shards()
         return self.base.param_groups
 
     @property
@@ -102,6 +103,7 @@ class SparseOptimizer(Optimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset gradients, as the wrapped optimizer does."""
+        self._keeper.follow_shards()
         self.base.zero_grad(set_to_none=set_to_none)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -384,3 +386,4 @@ class SparseOptimizer(Optimizer):
                 "this SparseOptimizer was finalized; train on with a new one (Static keeps "
                 "the zeros), or densely with its `base`"
             )
+        self._keeper.follow_shards()

@@ -77,6 +77,55 @@ def top_k_shards(
     return masks
 
 
+def least_within(
+    local: Sequence[Tensor],
+    sizes: Sequence[int],
+    limit: int,
+    sum_counts: SumCounts = _only_here,
+    *,
+    shards: Sequence[int],
+    total_shards: int,
+) -> list[Tensor]:
+    """Masks of the smallest values over all shards that together are no larger than ``limit``.
+
+    Values are taken in ascending order, ties to the earlier shard, up to the first that does not
+    fit any more.
+
+    Args:
+        local: shards held by this process, as in :func:`top_k_shards`.
+        sizes: what each value of a shard counts; the same for it on every process.
+        limit: what may be taken.
+        shards, total_shards: as in :func:`top_k_shards`.
+    """
+    codes, _ = _agreed_codes([-values for values in local], 0, sum_counts, "")
+    border = _radix_border(codes, sizes, limit, sum_counts, torch.int64)
+    if border is None:
+        return [torch.ones_like(values, dtype=torch.bool) for values in local]
+    code_there, taken = border
+    table = torch.zeros(total_shards, 2, dtype=torch.int64)
+    for place, code, size in zip(shards, codes, sizes, strict=True):
+        # Every process writes the size of its own shards alone, so that they add up.
+        table[place] = torch.tensor([int(torch.count_nonzero(code == code_there)), size])
+    rooms = _rooms(sum_counts(table).tolist(), limit - taken)
+    masks = []
+    for place, code in zip(shards, codes, strict=True):
+        mask = code > code_there
+        mask[torch.nonzero(code == code_there).squeeze(1)[: rooms[place]]] = True
+        masks.append(mask)
+    return masks
+
+
+def _rooms(ties: Sequence[tuple[int, int]], limit: int) -> list[int]:
+    """How many ties of each shard fit, in order, of (their number, the size of each)."""
+    rooms = [0] * len(ties)
+    for place, (count, size) in enumerate(ties):
+        rooms[place] = min(count, limit // max(size, 1))
+        limit -= rooms[place] * size
+        if rooms[place] < count:
+            break
+    return rooms
+
+
 def radix_threshold(
     local: Sequence[Tensor], k: int, sum_counts: SumCounts = _only_here, *, name: str = ""
 ) -> float:
@@ -114,23 +163,40 @@ def _radix_select(
     codes: Sequence[Tensor], k: int, sum_counts: SumCounts, count_dtype: torch.dtype
 ) -> tuple[int, int]:
     """The code of the k-th largest and the number of codes above it."""
+    ones = [1] * len(codes)
+    border = _radix_border(codes, ones, k - 1, sum_counts, count_dtype)
+    assert border is not None  # k is no more than the number of codes
+    return border
+
+
+def _radix_border(
+    codes: Sequence[Tensor],
+    sizes: Sequence[int],
+    limit: int,
+    sum_counts: SumCounts,
+    count_dtype: torch.dtype,
+) -> tuple[int, int] | None:
+    """Going down from the largest code: the first one at which sizes add up to more than `limit`,
+    and what those above it add up to; None if all together are no more."""
     bits = 32 if codes[0].dtype == torch.int32 else 64
-    found, rank = 0, k
+    found, above = 0, 0
     candidates = list(codes)
     for shift in reversed(range(0, bits, _DIGIT)):
         width = min(_DIGIT, bits - shift)
         counts = torch.zeros(1 << width, dtype=count_dtype)
         digits = [_digit(code, shift, width) for code in candidates]
-        for digit in digits:
-            counts += torch.bincount(digit, minlength=1 << width).to(counts)
+        for digit, size in zip(digits, sizes, strict=True):
+            counts += torch.bincount(digit, minlength=1 << width).to(counts) * size
         from_top = sum_counts(counts).long().flip(0).cumsum(0)
-        place = int(torch.searchsorted(from_top, rank))
-        rank -= int(from_top[place - 1]) if place else 0
+        place = int(torch.searchsorted(from_top, limit - above, right=True))
+        if place == from_top.numel():
+            return None
+        above += int(from_top[place - 1]) if place else 0
         value = (1 << width) - 1 - place
         found |= value << shift
         candidates = [code[digit == value] for code, digit in zip(candidates, digits, strict=True)]
     # The sign bit of the two's complement was flipped in the digits: undo that.
-    return found - (1 << (bits - 1)), k - rank
+    return found - (1 << (bits - 1)), above
 
 
 def _digit(codes: Tensor, shift: int, width: int) -> Tensor:

@@ -85,6 +85,12 @@ class StorageChoice:
                     "average: build the SparseOptimizer over the bare model first, and "
                     "wrap the model in DistributedDataParallel after it"
                 )
+            if hasattr(candidate.param, "placements"):
+                raise ValueError(
+                    f"policy {policy.kind!r} adds parameters, which have to be sharded with "
+                    f"{candidate.name}: build the SparseOptimizer first and call fully_shard after "
+                    "it; the optimizer goes on with the sharded parameters"
+                )
             if self.storage != "masked":
                 self.why[candidate.name] = policy_needs_masked(policy)
             learned = policy.learned_mask(candidate, generator)

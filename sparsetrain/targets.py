@@ -85,6 +85,11 @@ class SparseTarget(ABC):
         """Weights that the forward and backward passes of training could leave out."""
         return self.numel - self.active
 
+    def follow(self, param: Parameter) -> None:
+        """Go on with a parameter that has taken the place of the whole one and is sharded."""
+        self.param = param
+        self.part = part_of(self.name, param)
+
     def begin(self, mask: Tensor) -> None:
         """Install the first mask of what is here, for a target whose mask is chosen."""
 

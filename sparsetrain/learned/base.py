@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import inspect
 from abc import abstractmethod
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.utils.hooks import RemovableHandle
 
+from sparsetrain.distributed.part import Part
 from sparsetrain.learned.sharing import Sharing
+from sparsetrain.selection import top_k
 
 #: How far beyond the border a gate is put that changes sides by decree.
 _STEP = 0.05
@@ -26,6 +28,8 @@ class LearnedMask(nn.Module):
 
     #: Whether `penalty` is something to train against.
     has_penalty: bool = True
+    #: Name of a buffer that has an entry for each gate -> name of the gates.
+    gate_buffers: ClassVar[dict[str, str]] = {}
 
     def __init__(self, sharing: Sharing) -> None:
         super().__init__()
@@ -85,10 +89,14 @@ class LearnedMask(nn.Module):
         """Put the gates at these flat indices just across the border."""
         raise NotImplementedError(f"the gates of {type(self).__name__} cannot be put")
 
-    def revive(self, weight: Tensor) -> None:
-        """Take up the gate again that is nearest to its border, of a layer that lost all."""
-        best = self.margins(weight).argmax().view(1)
-        self.put_across(weight, best, keep=True)
+    def revive(self, weight: Tensor, rows: Part, gates: Part) -> None:
+        """Take up the gate again that is nearest to its border, of a layer that lost all.
+
+        Args:
+            weight: its rows that are here.
+            rows, gates: the parts of weight and gates that are here.
+        """
+        self.put_across(weight, nearest_kept(self.margins(weight), gates), keep=True)
 
     def restore(self, mask: Tensor) -> None:
         """Take over the mask of a checkpoint, for a mask that does not follow from gates alone."""
@@ -146,6 +154,15 @@ def keep_positive(values: Tensor, margins: Tensor) -> Tensor:
     """
     kept: Tensor = torch.ops.aten.threshold_backward(values, margins, 0.0)
     return kept
+
+
+def nearest_kept(margins: Tensor, part: Part) -> Tensor:
+    """Flat index of the largest margin, as a vector; empty on ranks that do not have it."""
+    if part.is_whole:
+        return margins.argmax().view(1)
+    # Weights of 0 have infinite margins, which have no rank.
+    finite = torch.nan_to_num(margins.reshape(-1))
+    return top_k(finite, 1, part=part).nonzero().view(-1)
 
 
 def put(parameter: Parameter, indices: Tensor, border: Tensor | float, *, above: bool) -> None:

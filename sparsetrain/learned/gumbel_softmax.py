@@ -148,7 +148,7 @@ class PatternMask(_Annealed):
     def mask(self, weight: Tensor) -> Tensor:
         """n True in every group of m."""
         chosen = self.patterns[self.logits.argmax(-1)] > 0
-        return self.structure.expand(chosen, tuple(weight.shape))
+        return self.sharing.cut(self.structure.expand(chosen, self.sharing.shape))
 
 
 def patterns(structure: NM) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -61,6 +61,7 @@ class TopScoresMask(_Scored):
     """
 
     chosen: Tensor
+    gate_buffers: ClassVar[dict[str, str]] = {"chosen": "scores"}
 
     def __init__(self, sharing: Sharing, scores: Tensor, *, has_penalty: bool = False) -> None:
         super().__init__(sharing, scores)

@@ -38,6 +38,10 @@ class Sharing:
         """Whether every weight has a gate of its own."""
         return self.size == 1
 
+    def cut(self, weights: Tensor) -> Tensor:
+        """Of something of the shape of `shape`, what is of the weights that are looked at."""
+        return weights
+
     def times(self, weight: Tensor, gates: Tensor) -> Tensor:
         """The weight with each gate multiplied in, of the weight's shape."""
         if self.is_single:

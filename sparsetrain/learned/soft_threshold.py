@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from sparsetrain.distributed.part import Part
 from sparsetrain.learned.base import LearnedMask, MaskFunction
 from sparsetrain.learned.sharing import Sharing
 
@@ -56,9 +57,10 @@ class SoftThresholdMask(LearnedMask):
         """Raise every s by the same amount."""
         self.threshold_logit.data.add_(level)
 
-    def revive(self, weight: Tensor) -> None:
+    def revive(self, weight: Tensor, rows: Part, gates: Part) -> None:
         """Lower every s until a weight is above its threshold; weights of 0 never are."""
-        highest = float(self.levels(weight).max())
+        levels = self.levels(weight)
+        highest = -rows.lowest(-float(levels.max()) if levels.numel() else math.inf)
         if math.isfinite(highest):
             self.shift(highest - _STEP)
 

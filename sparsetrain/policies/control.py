@@ -17,8 +17,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 
+from sparsetrain.learned.base import nearest_kept
+from sparsetrain.sharded_selection import least_within
 from sparsetrain.storage.learned import LearnedTarget
 
 #: By how much the count may differ before gates are put across the border: a share of all weights,
@@ -80,27 +81,22 @@ def begin_strength(steering: Steering, memory: dict[str, Any], budget: Budget) -
     targets = [target for target in budget.targets if target.learned.has_penalty]
     if f"{budget.key}.strength" in memory or not targets:
         return
-    gates = [gate for target in targets for gate in target.learned.gates()]
-    of_loss = _mean_size(gates)
-    parameters = [*gates, *(target.param for target in targets)]
-    gradients = [parameter.grad for parameter in parameters]
-    for parameter in parameters:
-        parameter.grad = None
-    for target in targets:
-        target.learned.add_penalty_gradient(target.param, 1.0)
-    of_penalty = max(_mean_size(gates), steering.least_pull)
-    for parameter, gradient in zip(parameters, gradients, strict=True):
-        parameter.grad = gradient
+    gates = [gate for target in targets for gate in target.gates()]
+    of_loss = _mean_size([part.held(g.grad) for g, part in gates if g.grad is not None], targets[0])
+    gradients = [gradient for target in targets for gradient in target.penalty_gradients()]
+    of_penalty = max(_mean_size(gradients, targets[0]), steering.least_pull)
     if of_loss > 0 and of_penalty > 0:
         strength = steering.start * of_loss / of_penalty
         memory[f"{budget.key}.strength"] = strength
         memory[f"{budget.key}.integral"] = math.log(strength)
 
 
-def _mean_size(gates: Sequence[Parameter]) -> float:
-    gradients = [gate.grad for gate in gates if gate.grad is not None]
-    total = sum(float(gradient.abs().sum()) for gradient in gradients)
-    return total / max(sum(gradient.numel() for gradient in gradients), 1)
+def _mean_size(gradients: Sequence[Tensor], one: LearnedTarget) -> float:
+    """Mean magnitude of gradients, added up over the ranks that one target is shared out over."""
+    here = sum(float(gradient.abs().sum()) for gradient in gradients)
+    numel = sum(gradient.numel() for gradient in gradients)
+    total, count = one.part.sum(torch.tensor([here, numel], dtype=torch.float64)).tolist()
+    return float(total / max(count, 1))
 
 
 def next_strength(
@@ -135,18 +131,25 @@ def nearest_gates(targets: Sequence[LearnedTarget], surplus: int) -> Mapping[str
         Target name -> flat gate indices.
     """
     drop = surplus > 0
-    distances, owners, indices, sizes = [], [], [], []
-    for number, target in enumerate(targets):
-        margins = target.learned.margins(target.param).reshape(-1)
+    distances, indices, sizes, parts = [], [], [], []
+    for target in targets:
+        margins, part = target.margins()
+        margins = margins.reshape(-1)
         side = margins > 0 if drop else margins <= 0
         if drop:  # the best one stays, so that no layer is lost
-            side[margins.argmax()] = False
+            side[nearest_kept(margins, part)] = False
         found = (side & margins.isfinite()).nonzero().view(-1)
         distances.append(margins[found].abs())
         indices.append(found)
-        owners.append(torch.full_like(found, number))
-        sizes.append(torch.full_like(found, target.learned.sharing.size))
-    order = torch.cat(distances).argsort(stable=True)
-    taken = order[torch.cat(sizes)[order].cumsum(0) <= abs(surplus)]
-    owner, index = torch.cat(owners)[taken], torch.cat(indices)[taken]
-    return {t.name: index[owner == number] for number, t in enumerate(targets)}
+        sizes.append(target.learned.sharing.size)
+        parts.append(part)
+    first = parts[0]
+    taken = least_within(
+        distances,
+        sizes,
+        abs(surplus),
+        first.sum,
+        shards=[number * first.ranks + first.rank for number in range(len(targets))],
+        total_shards=first.ranks * len(targets),
+    )
+    return {t.name: i[m] for t, i, m in zip(targets, indices, taken, strict=True)}

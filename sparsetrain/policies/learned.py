@@ -195,17 +195,14 @@ class LearnedPolicy(Policy):
             for budget in self.budgets(group):
                 begin_strength(self.steering, group.memory, budget)
         for target, strength in self._strengths(group, step):
-            target.learned.add_penalty_gradient(target.param, strength)
+            target.add_penalty_gradient(strength)
         if group.memory.get("normalises", False):
             for target in group.held_as(LearnedTarget):
                 self._normalise(group, target)
 
     def penalty(self, group: TargetGroup, step: int) -> Tensor | None:
         """The regulariser of all targets with the strength of this step."""
-        parts = [
-            strength * target.learned.penalty(target.param)
-            for target, strength in self._strengths(group, step)
-        ]
+        parts = [strength * target.penalty() for target, strength in self._strengths(group, step)]
         return torch.stack(parts).sum() if parts else None
 
     def _strengths(self, group: TargetGroup, step: int) -> list[tuple[LearnedTarget, float]]:
@@ -232,15 +229,26 @@ class LearnedPolicy(Policy):
         The gradients of open, closed and undecided gates differ by orders of magnitude, so that one
         learning rate cannot move them all.
         """
-        for number, gate in enumerate(target.learned.gates()):
+        for number, (gate, part) in enumerate(target.gates()):
             if gate.grad is None:
                 continue
-            key = f"{target.name}.square.{number}"
-            square = gate.grad.square()
+            key = _square(target, number)
+            gradient = part.held(gate.grad)
+            square = gradient.square()
             if key in group.memory:
-                square.lerp_(group.memory[key], _MEMORY_OF_SQUARES)
-            group.memory[key] = square
-            gate.grad.div_(square.sqrt().add_(_TINY))
+                square.lerp_(part.held(group.memory[key]), _MEMORY_OF_SQUARES)
+            group.memory[key] = part.wrap(square)
+            gradient.div_(square.sqrt().add_(_TINY))
+
+    def remembers(self, group: TargetGroup) -> dict[str, Tensor]:
+        """The squares of the gates' gradients."""
+        if not group.memory.get("normalises", False):
+            return {}
+        return {
+            _square(target, number): torch.zeros_like(gate.detach())
+            for target in group.held_as(LearnedTarget)
+            for number, (gate, _) in enumerate(target.gates())
+        }
 
     # Steering.
 
@@ -299,7 +307,12 @@ class LearnedPolicy(Policy):
 
 
 def _put(target: LearnedTarget, gates: Tensor, *, keep: bool) -> Callable[[], None]:
-    return lambda: target.learned.put_across(target.param, gates, keep=keep)
+    return lambda: target.put_across(gates, keep=keep)
+
+
+def _square(target: LearnedTarget, number: int) -> str:
+    """Key of the running mean of a gate's squared gradient."""
+    return f"{target.name}.square.{number}"
 
 
 def _change(target: LearnedTarget, move: Callable[[], None] | None) -> Callable[[], LayerChange]:

@@ -20,6 +20,7 @@ from sparsetrain.policies.group import TargetGroup
 from sparsetrain.policies.learned import LearnedPolicy
 from sparsetrain.schedules import UpdateSchedule
 from sparsetrain.selection import top_k, top_k_across
+from sparsetrain.storage.bits import pack_rows, unpack_rows
 from sparsetrain.storage.learned import LearnedTarget
 from sparsetrain.structures import Block, Structure, Unstructured
 
@@ -102,19 +103,25 @@ class Movement(LearnedPolicy):
         """Keep the highest scores, as many as are wanted."""
         size = budget.targets[0].learned.sharing.size
         keep = round(self.wanted(budget, step) / size)
-        scores = {t.name: _scores(t) for t in budget.targets}
+        gates = {t.name: t.gates()[0] for t in budget.targets}
+        scores = {name: part.held(gate) for name, (gate, part) in gates.items()}
+        parts = {name: part for name, (_, part) in gates.items()}
         if isinstance(self.allocation, Global):
-            chosen = top_k_across(scores, keep)
+            chosen = top_k_across(scores, keep, parts=parts)
         else:
-            chosen = {name: top_k(values, keep, name=name) for name, values in scores.items()}
+            chosen = {
+                name: top_k(values, keep, name=name, part=parts[name])
+                for name, values in scores.items()
+            }
         return {t.name: partial(_choose, t, chosen[t.name]) for t in budget.targets}
 
 
-def _scores(target: LearnedTarget) -> Tensor:
-    assert isinstance(target.learned, TopScoresMask)
-    return target.learned.scores.detach()
-
-
 def _choose(target: LearnedTarget, chosen: Tensor) -> None:
+    """Keep these of the scores that are here. The forward pass needs the choices of all ranks, a
+    bit a score."""
     assert isinstance(target.learned, TopScoresMask)
-    target.learned.chosen.copy_(chosen)
+    (_, part), whole = target.gates()[0], target.learned.chosen
+    if not part.is_whole:
+        packed = part.wrap(pack_rows(chosen)).full_tensor()  # type: ignore[attr-defined]
+        chosen = unpack_rows(packed, tuple(whole.shape)).to(whole.device)
+    whole.copy_(chosen)

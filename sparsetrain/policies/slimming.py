@@ -66,9 +66,10 @@ class Slimming(Policy):
         """Add the penalty's subgradient, strength * sign(gamma)."""
         for target in group.targets:
             if target.param.grad is not None:
-                target.param.grad.add_(target.param.detach().sign(), alpha=self.strength)
+                signs = target.part.held(target.param).sign()
+                target.part.held(target.param.grad).add_(signs, alpha=self.strength)
 
     def penalty(self, group: TargetGroup, step: int) -> Tensor:
         """strength * sum |gamma|"""
-        sizes = [target.param.detach().abs().sum() for target in group.targets]
+        sizes = [t.part.sum(t.part.held(t.param).abs().sum()) for t in group.targets]
         return self.strength * torch.stack(sizes).sum()

@@ -12,12 +12,14 @@ from pydantic import Field
 from torch import Tensor
 
 from sparsetrain.candidates import Candidate
+from sparsetrain.distributed.part import Part
 from sparsetrain.learned.base import gates_like
 from sparsetrain.learned.sharing import Sharing, share
 from sparsetrain.learned.soft_threshold import SoftThresholdMask
 from sparsetrain.policies.control import Budget
 from sparsetrain.policies.group import TargetGroup
 from sparsetrain.policies.learned import LearnedPolicy
+from sparsetrain.sharded_selection import radix_threshold
 from sparsetrain.storage.learned import LearnedTarget
 
 #: Weights within this distance of s tell how many would be dropped next.
@@ -70,15 +72,20 @@ class SoftThreshold(LearnedPolicy):
         to choose, only how layers differ."""
         super().observe(group, step)
         for budget in self.budgets(group):
-            pairs = [
-                (gate.grad, group.memory[_crossing(t)])
-                for t in budget.targets
-                if (gate := _soft(t).threshold_logit).grad is not None
-                and _crossing(t) in group.memory
+            pairs = []
+            for target in budget.targets:
+                gate, part = target.gates()[0]
+                if gate.grad is not None and _crossing(target) in group.memory:
+                    normal = part.held(group.memory[_crossing(target)])
+                    pairs.append((part.held(gate.grad), normal))
+            here = [
+                sum(float(normal.square().sum()) for _, normal in pairs),
+                sum(float((grad * normal).sum()) for grad, normal in pairs),
             ]
-            norm = sum(float(normal.square().sum()) for _, normal in pairs)
+            total = budget.targets[0].part.sum(torch.tensor(here, dtype=torch.float64))
+            norm, along = total.tolist()
             if norm:
-                level = sum(float((grad * normal).sum()) for grad, normal in pairs) / norm
+                level = along / norm
                 for grad, normal in pairs:
                     grad.sub_(normal, alpha=level)
 
@@ -87,24 +94,54 @@ class SoftThreshold(LearnedPolicy):
     ) -> dict[str, Callable[[], None]]:
         """Shift every s of the budget by the same amount."""
         keep = round(self.wanted(budget, step))
-        found = [_soft(t).levels(t.param.detach()) for t in budget.targets]
+        found = [_levels(target) for target in budget.targets]
         levels = torch.cat([of_target.reshape(-1) for of_target in found])
         level = 0.0
-        if keep < levels.numel():
-            level = _between(levels, levels.numel() - keep)
+        if keep < budget.numel:
+            level = _between(levels, budget.numel - keep, budget.targets[0].part)
         for target, of_target in zip(budget.targets, found, strict=True):
             near = ((of_target - level).abs() < _NEAR).to(levels.dtype)
-            counts = near.sum_to_size(_soft(target).threshold_logit.shape)
-            group.memory[_crossing(target)] = counts / (2 * _NEAR)
-        return {t.name: partial(_soft(t).shift, level) for t in budget.targets}
+            group.memory[_crossing(target)] = _a_threshold(target, near) / (2 * _NEAR)
+        return {t.name: partial(_shift, t, level) for t in budget.targets}
+
+    def remembers(self, group: TargetGroup) -> dict[str, Tensor]:
+        """How many weights each threshold would drop."""
+        if not self.is_steered:
+            return {}
+        targets = group.held_as(LearnedTarget)
+        return {_crossing(t): torch.zeros_like(t.gates()[0][0].detach()) for t in targets}
 
 
-def _between(levels: Tensor, below: int) -> float:
+def _levels(target: LearnedTarget) -> Tensor:
+    """The s at which each weight that is here would be just dropped, less the present s."""
+    with target.changing_gates() as mask:
+        assert isinstance(mask, SoftThresholdMask)
+        return mask.levels(target.weight())
+
+
+def _shift(target: LearnedTarget, level: float) -> None:
+    with target.changing_gates() as mask:
+        assert isinstance(mask, SoftThresholdMask)
+        mask.shift(level)
+
+
+def _a_threshold(target: LearnedTarget, near: Tensor) -> Tensor:
+    """Sums over the weights of each threshold, of the thresholds' shape."""
+    gate, part = target.gates()[0]
+    if part.is_whole or gate.shape[0] == target.shape[0]:  # as many rows, shared out alike
+        rest = (n if g > 1 else 1 for n, g in zip(near.shape[1:], gate.shape[1:], strict=True))
+        rows = near.shape[0] if gate.shape[0] == target.shape[0] else 1
+        return part.wrap(near.sum_to_size((rows, *rest)))
+    everywhere = target.part.sum(near.sum_to_size((1,) * near.dim()).cpu()).to(near.device)
+    return part.wrap(part.held(everywhere))
+
+
+def _between(levels: Tensor, below: int, part: Part) -> float:
     """A level with exactly so many below it, as far from its neighbours as can be, so that
     rounding decides nothing."""
-    last = float(levels.kthvalue(below).values)
+    last = _kth_smallest(levels, below, part)
     above = levels[levels > last]
-    first = float(above.min()) if above.numel() else math.inf
+    first = part.lowest(float(above.min()) if above.numel() else math.inf)
     if math.isfinite(last) and math.isfinite(first):
         return (last + first) / 2
     return last if math.isfinite(last) else min(first, 0.0) - _NEAR
@@ -115,6 +152,10 @@ def _crossing(target: LearnedTarget) -> str:
     return f"{target.name}.crossing"
 
 
-def _soft(target: LearnedTarget) -> SoftThresholdMask:
-    assert isinstance(target.learned, SoftThresholdMask)
-    return target.learned
+def _kth_smallest(levels: Tensor, k: int, part: Part) -> float:
+    if part.is_whole:
+        return float(levels.kthvalue(k).values)
+    largest = torch.finfo(levels.dtype).max  # stands for infinity, which has no place in an order
+    finite = levels.clamp(-largest, largest)
+    found = -radix_threshold([-finite], k, part.sum)
+    return math.copysign(math.inf, found) if abs(found) == largest else found

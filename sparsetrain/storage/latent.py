@@ -42,6 +42,11 @@ class LatentTarget(MaskedTarget):
         write_flat_(self._latent, gone, read_flat(self.weight(), gone))
         super()._write_exchanged(gone, new, read_flat(self._latent, new))
 
+    def follow(self, param: Parameter) -> None:
+        """Go on with a sharded parameter, the latent weight too."""
+        super().follow(param)
+        self._latent = self.part.held(self._latent).clone()
+
     def take(self, dim: int, keep: Tensor) -> None:
         """Follow the parameter, the latent weight too."""
         super().take(dim, keep)

@@ -112,6 +112,14 @@ class MaskedTarget(ExchangeTarget):
             raise ValueError(f"{self.name} has no gradient: call backward() before the update")
         return self.largest_free(gradient, count, freed)
 
+    def follow(self, param: Parameter) -> None:
+        """Go on with a parameter that has taken the place of the whole one and is sharded."""
+        super().follow(param)
+        self._mask = self.part.held(self._mask).clone()
+        if self._original is not None:
+            self._original = self.part.held(self._original).clone()
+        self._seen_version, self._sample = -1, None
+
     def begin(self, mask: Tensor) -> None:
         """Install the first mask. The dense weights are remembered until the first step.
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as some
 from learned_twins import numbers
 from torch import Tensor
 
+from sparsetrain.distributed import Part
 from sparsetrain.learned import LearnedMask
 from sparsetrain.learned.gumbel_softmax import GumbelSoftmaxMask
 from sparsetrain.learned.hard_concrete import HardConcreteMask
@@ -90,7 +91,7 @@ def test_an_empty_layer_takes_up_the_gate_nearest_to_its_border(kind: str, per: 
     mask, weight = drawn(kind, per, 3, 30.0 if kind == "variational_dropout" else -30.0)
     nearest = mask.margins(weight).argmax()
     assert not mask.mask(weight).any()
-    mask.revive(weight)
+    mask.revive(weight, Part(()), Part(()))
     expected = torch.zeros(mask.sharing.gates, dtype=torch.bool)
     expected.view(-1)[nearest] = True
     assert torch.equal(mask.mask(weight), mask.sharing.spread(expected))

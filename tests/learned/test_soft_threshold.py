@@ -11,6 +11,7 @@ from runs import SmallNet, train
 from torch import Tensor
 
 import sparsetrain as st
+from sparsetrain.distributed import Part
 from sparsetrain.learned.sharing import Sharing
 from sparsetrain.learned.soft_threshold import Curve, SoftThresholdMask
 
@@ -101,7 +102,7 @@ def test_revival_keeps_the_weight_of_highest_level(curve: Curve, gates: tuple[in
     highest = mask.levels(weight).argmax()
     assert not mask.mask(weight).any()
     with torch.no_grad():
-        mask.revive(weight)
+        mask.revive(weight, Part(()), Part(()))
     assert mask.mask(weight).flatten().nonzero().view(-1).tolist() == [highest]
     shift = mask.threshold_logit.detach() - s
     torch.testing.assert_close(shift, shift.flatten()[:1].expand(gates))

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 import sparsetrain as st
+from sparsetrain.distributed import Part
 from sparsetrain.learned.gumbel_softmax import GumbelSoftmaxMask
 from sparsetrain.learned.sharing import Sharing, share
 from sparsetrain.policies.control import Budget, Steering, nearest_gates, next_strength
@@ -87,16 +88,16 @@ def test_a_gate_put_across_leaves_no_error_behind() -> None:
 )
 def test_the_level_has_so_many_below_it(levels: list[float], below: int) -> None:
     below = min(below, len(levels))
-    level = _between(torch.tensor(levels), below)
+    level = _between(torch.tensor(levels), below, Part(()))
     values = torch.tensor(levels, dtype=torch.float64)
     assert int((values <= level).sum()) == below
 
 
 def test_weights_of_0_and_above_1_have_levels_at_the_ends() -> None:
     levels = torch.tensor([-math.inf, -math.inf, -1.0, 2.0, math.inf])
-    assert _between(levels, 2) < -1.0
-    assert -1.0 < _between(levels, 3) < 2.0
-    assert 2.0 <= _between(levels, 4) < math.inf
+    assert _between(levels, 2, Part(())) < -1.0
+    assert -1.0 < _between(levels, 3, Part(())) < 2.0
+    assert 2.0 <= _between(levels, 4, Part(())) < math.inf
 
 
 @pytest.mark.parametrize("sparsity", [0.5, 0.9, 0.97])
