@@ -1,6 +1,6 @@
 """sparsetrain: declarative sparse training for PyTorch."""
 
-from sparsetrain import channels, cost, curvature, search, storage
+from sparsetrain import channels, cost, curvature, distributed, integrations, search, storage
 from sparsetrain.allocation import (
     ErdosRenyi,
     ErdosRenyiKernel,
@@ -51,6 +51,7 @@ from sparsetrain.pruning import (
 )
 from sparsetrain.recipe import Recipe, Rule
 from sparsetrain.report.events import LayerChange, UpdateEvent
+from sparsetrain.report.logging import log_updates
 from sparsetrain.schedules import Schedule, UpdateSchedule
 from sparsetrain.scores import (
     SNIP,
@@ -147,7 +148,10 @@ __all__ = [
     "cost",
     "curvature",
     "distill",
+    "distributed",
     "export_onnx",
+    "integrations",
+    "log_updates",
     "optimal_brain_surgeon",
     "owl",
     "prune",

@@ -14,8 +14,8 @@ from torch.optim import Optimizer
 from sparsetrain import base_state, checkpoint
 from sparsetrain.base_state import RestingStates
 from sparsetrain.distributed.following import Places, take_over
-from sparsetrain.distributed.part import part_of
 from sparsetrain.distributed.sharded_modules import Move, hand_over
+from sparsetrain.part import part_of
 from sparsetrain.policies import LearnedPolicy, Policy
 from sparsetrain.policies.group import TargetGroup
 from sparsetrain.storage.csr.target import CsrTarget

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from sparsetrain._lookup import places
-from sparsetrain.distributed.part import Part
+from sparsetrain.part import Part
 
 
 def random_ranks(population: int, count: int, generator: torch.Generator | None = None) -> Tensor:

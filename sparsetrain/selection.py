@@ -27,7 +27,7 @@ from sparsetrain._comparable import (
 )
 from sparsetrain._threads import pieces, share_out
 from sparsetrain._threshold import SMALL, Array, best, few_best, few_best_where, larger
-from sparsetrain.distributed.part import Part
+from sparsetrain.part import Part
 from sparsetrain.sharded_selection import top_k_shards
 from sparsetrain.structures import NM, Block, Structure, Unstructured
 from sparsetrain.units import from_units, to_units

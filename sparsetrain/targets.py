@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from sparsetrain.distributed.part import part_of
+from sparsetrain.part import part_of
 from sparsetrain.selection import bottom_k_indices
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sparsetrain.distributed.part import Part
+from sparsetrain.part import Part
 from sparsetrain.structures import Block, Structure
 
 

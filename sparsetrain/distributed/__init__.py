@@ -1,5 +1,5 @@
-"""Training over several processes: what each holds of a weight, and whether their masks agree."""
+"""Training over several processes: whether masks agree, and what `fully_shard` does to a model."""
 
-from sparsetrain.distributed.part import Part, part_of
+from sparsetrain.distributed.checks import check_masks
 
-__all__ = ["Part", "part_of"]
+__all__ = ["check_masks"]

@@ -14,7 +14,7 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from sparsetrain.base_state import shaped_state
-from sparsetrain.distributed.part import part_of
+from sparsetrain.part import part_of
 
 #: A module, its name for a parameter, and the parameter.
 Place = tuple[nn.Module, str, Parameter]

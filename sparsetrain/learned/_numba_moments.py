@@ -77,7 +77,8 @@ def _run(loop: Any, parallel: Any, *arguments: Any) -> None:
 
 
 def _flat(*tensors: Tensor) -> list[Any]:
-    return [tensor.detach().numpy().ravel() for tensor in tensors]
+    # `Tensor.numpy` would fix the size of the storage, which `fully_shard` frees after a pass.
+    return [np.from_dlpack(tensor.detach()).ravel() for tensor in tensors]
 
 
 @njit(**_PARALLEL)

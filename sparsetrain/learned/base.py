@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.utils.hooks import RemovableHandle
 
-from sparsetrain.distributed.part import Part
 from sparsetrain.learned.sharing import Sharing
+from sparsetrain.part import Part
 from sparsetrain.selection import top_k
 
 #: How far beyond the border a gate is put that changes sides by decree.

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from sparsetrain.distributed.part import Part, part_of
 from sparsetrain.learned.base import LearnedMask
 from sparsetrain.learned.sharing import Shape, Sharing
+from sparsetrain.part import Part, part_of
 
 
 @dataclass(frozen=True)

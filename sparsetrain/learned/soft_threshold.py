@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from sparsetrain.distributed.part import Part
 from sparsetrain.learned.base import LearnedMask, MaskFunction
 from sparsetrain.learned.sharing import Sharing
+from sparsetrain.part import Part
 
 _STEP = 0.05
 Curve = Literal["sigmoid", "exponential"]
