@@ -47,6 +47,12 @@ def larger(values: Array, bar: float) -> Array:
     return _gather(lambda chunk: np.flatnonzero(values[chunk] > limit), values.size)
 
 
+def no_less(values: Array, bar: float) -> Array:
+    """Ascending indices of the values that are `bar` or above."""
+    limit = values.dtype.type(bar)
+    return _gather(lambda chunk: np.flatnonzero(values[chunk] >= limit), values.size)
+
+
 def few_best_where(values: Array, mask: Array, k: int, among: bool, largest: bool) -> Array | None:
     """As :func:`few_best` for the absolute values where the mask is `among`."""
     stride = max(values.size // _SMALL_SAMPLE, 4) | 1
@@ -55,7 +61,7 @@ def few_best_where(values: Array, mask: Array, k: int, among: bool, largest: boo
     eligible = eligible if among else mask.size - eligible
     if sample.size < _LEAST_SAMPLE or k > eligible:
         return None
-    guess = _quantiles(sample, k / eligible, largest)[1]
+    guess = quantiles(sample, k / eligible, largest)[1]
     _, at_least = _comparisons(largest)
     # Of two flags: both, or the first alone.
     restrict: np.ufunc = np.logical_and if among else np.greater
@@ -147,12 +153,12 @@ def _bracket(parts: Sequence[Array], k: int, total: int, largest: bool) -> tuple
     """Two sampled values that very likely enclose the k-th best; whether many scores equal one."""
     stride = max(total // _SAMPLE, 4) | 1
     sample = np.concatenate([part[::stride] for part in parts])
-    better, worse = _quantiles(sample, k / total, largest, len(parts))
+    better, worse = quantiles(sample, k / total, largest, len(parts))
     equal = max(np.count_nonzero(sample == better), np.count_nonzero(sample == worse))
     return better, worse, bool(equal > _FEW_TIES)
 
 
-def _quantiles(sample: Array, share: float, largest: bool, parts: int = 1) -> tuple[Any, Any]:
+def quantiles(sample: Array, share: float, largest: bool, parts: int = 1) -> tuple[Any, Any]:
     """Values of the sample (partitioned in place) four deviations to either side of `share`."""
     margin = 4.0 * np.sqrt(sample.size * share * (1.0 - share)) + parts + 8.0
     first, last = np.clip(share * sample.size + np.array([-margin, margin]), 0, sample.size - 1)

@@ -327,16 +327,27 @@ def extreme_indices(
     Raises:
         ValueError: for a ``k`` out of range and for NaN or infinite values.
     """
-    is_whole = part is None or part.is_whole
-    if is_whole and _suits_one_pass(values, k):
+    if part is None or part.is_whole:
+        part = None
+    if part is None and _suits_one_pass(values, k):
         flat, flags = comparable(values).reshape(-1), mask.reshape(-1)
         if torch.isfinite(flat.sum()):  # else the slower way below finds out which are not
             found = few_best_where(flat.numpy(), flags.numpy(), k, among, largest)
             if found is not None:
                 return torch.from_numpy(found)
+    if part is not None and largest:
+        return _largest_over_ranks(values, mask if among else ~mask, k, name, part)
     eligible = (mask if among else ~mask).reshape(-1).nonzero().squeeze(1)
     chosen = values.reshape(-1)[eligible].abs()
     return eligible[_indices(chosen, k, name, part, largest=largest)]
+
+
+def _largest_over_ranks(values: Tensor, eligible: Tensor, k: int, name: str, part: Part) -> Tensor:
+    (count,) = part.totals(int(torch.count_nonzero(eligible)))
+    check_count(k, count, name)
+    # No magnitude is below 0, so the others are out without a list of those that are in.
+    ranked = torch.where(eligible, values.detach().abs(), -1)
+    return torch.nonzero(top_k(ranked, k, name=name, part=part).view(-1)).squeeze(1)
 
 
 def _masks(scores: Mapping[str, Tensor], k: int, *, largest: bool) -> dict[str, Tensor]:

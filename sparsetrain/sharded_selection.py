@@ -7,16 +7,19 @@ float64). The result is that of :func:`sparsetrain.selection.top_k` on the conca
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from sparsetrain._comparable import check_count, check_none_bad, comparable, in_layer
+from sparsetrain._threshold import SMALL, no_less, quantiles
 
 SumCounts = Callable[[Tensor], Tensor]
-"""Adds an integer CPU tensor over all processes (such as an all-reduce) and returns the sum."""
+"""Adds a CPU tensor of numbers over all processes (such as an all-reduce) and returns the sum."""
 
 _DIGIT = 8
+_SAMPLE = 1 << 14
 
 
 def _only_here(counts: Tensor) -> Tensor:
@@ -58,23 +61,67 @@ def top_k_shards(
             f"{list(shards)} are not the places of {len(local)} shards among {total_shards}: check "
             "shards and total_shards"
         )
-    codes, count_dtype = _agreed_codes(local, k, sum_counts, name)
+    flat, numel, dtype = _agreed(local, k, sum_counts, name)
     if k == 0:
         return [torch.zeros_like(shard, dtype=torch.bool) for shard in local]
-    threshold, above = _radix_select(codes, k, sum_counts, count_dtype)
-    codes = codes[: len(local)]  # a process without shards has taken part with an empty one
+    likely = _likely(flat, k, numel, sum_counts, shards, total_shards)
+    codes = [_encode(values[found]) for values, found in zip(flat, likely, strict=True)]
+    # A process without shards still takes part in every sum.
+    taking_part = codes or [_encode(torch.empty(0, dtype=dtype))]
+    threshold, above = _radix_select(taking_part, k, sum_counts, _counter(numel))
     ties = torch.zeros(total_shards, dtype=torch.int64)
     for place, code in zip(shards, codes, strict=True):
         ties[place] = torch.count_nonzero(code == threshold)
     ties = sum_counts(ties)
     earlier = torch.cumsum(ties, 0) - ties
     masks = []
-    for place, code, shard in zip(shards, codes, local, strict=True):
+    for place, code, found, shard in zip(shards, codes, likely, local, strict=True):
         room = max(k - above - int(earlier[place]), 0)
-        mask = code > threshold
-        mask[torch.nonzero(code == threshold).squeeze(1)[:room]] = True
-        masks.append(mask.reshape(shard.shape))
+        best = code > threshold
+        best[torch.nonzero(code == threshold).squeeze(1)[:room]] = True
+        mask = torch.zeros(shard.numel(), dtype=torch.bool, device=shard.device)
+        mask[found] = best
+        masks.append(mask.view(shard.shape))
     return masks
+
+
+def _likely(
+    flat: Sequence[Tensor],
+    k: int,
+    numel: int,
+    sum_counts: SumCounts,
+    shards: Sequence[int],
+    total_shards: int,
+) -> list[Any]:
+    """Of each shard what may be among the ``k`` largest: indices, or all of it.
+
+    Samples say how low the smallest of them will hardly be; if no fewer than ``k`` scores are that
+    large, the rest need not be looked at. A wrong guess costs time, never correctness.
+    """
+    everything: list[Any] = [slice(None)] * len(flat)
+    if numel <= SMALL:
+        return everything
+    guesses = torch.zeros(total_shards, 2, dtype=torch.float64)
+    for place, values in zip(shards, flat, strict=True):
+        if values.numel():
+            guesses[place] = torch.tensor([_guess(values, k / numel), 1.0])
+    bars, held = sum_counts(guesses).unbind(1)
+    bar = float(bars[held > 0].min())
+    found = [_no_less(values, bar) for values in flat]
+    count = sum_counts(torch.tensor([sum(indices.numel() for indices in found)]))
+    return found if int(count) >= k else everything
+
+
+def _no_less(values: Tensor, bar: float) -> Tensor:
+    if values.device.type != "cpu" or values.numel() == 0:
+        return torch.nonzero(values >= bar).squeeze(1)
+    return torch.from_numpy(no_less(values.numpy(), bar))
+
+
+def _guess(values: Tensor, share: float) -> float:
+    """A value that rather more than this share of the values are above."""
+    sample = values[:: max(values.numel() // _SAMPLE, 1) | 1].cpu().numpy()
+    return float(quantiles(sample.copy(), share, largest=True)[1])
 
 
 def least_within(
@@ -140,23 +187,41 @@ def radix_threshold(
     return _decode(threshold, codes[0].dtype)
 
 
-def _agreed_codes(
+def _agreed(
     local: Sequence[Tensor], k: int, sum_counts: SumCounts, name: str
-) -> tuple[list[Tensor], torch.dtype]:
-    """Integer images of the shards, after all processes agreed on dtype, number and validity; and
-    the integer type that their number fits in."""
+) -> tuple[list[Tensor], int, torch.dtype]:
+    """The shards as vectors of one dtype, the number of scores, and the dtype, on which all
+    processes agree; they find all scores valid."""
     flat = [comparable(shard).reshape(-1) for shard in local]
-    bad = sum(int(torch.count_nonzero(~torch.isfinite(shard))) for shard in flat)
+    bad = sum(_count_bad(shard) for shard in flat)
     numel = sum(shard.numel() for shard in flat)
     double = any(shard.dtype == torch.float64 for shard in flat)
     bad, numel, double = sum_counts(torch.tensor([bad, numel, int(double)])).tolist()
     check_none_bad(bad, numel, name)
     check_count(k, numel, name)
     dtype = torch.float64 if double else torch.float32
-    codes = [_encode(shard.to(dtype)) for shard in flat]
+    return [shard.to(dtype) for shard in flat], numel, dtype
+
+
+def _count_bad(values: Tensor) -> int:
+    # A finite sum proves every term finite.
+    if torch.isfinite(values.sum()):
+        return 0
+    return int(torch.count_nonzero(~torch.isfinite(values)))
+
+
+def _agreed_codes(
+    local: Sequence[Tensor], k: int, sum_counts: SumCounts, name: str
+) -> tuple[list[Tensor], torch.dtype]:
+    """Integer images of the shards, and the integer type that their number fits in."""
+    flat, numel, dtype = _agreed(local, k, sum_counts, name)
     # A process without shards still takes part in every sum.
-    codes = codes or [_encode(torch.empty(0, dtype=dtype))]
-    return codes, torch.int32 if numel < 1 << 31 else torch.int64
+    codes = [_encode(shard) for shard in flat] or [_encode(torch.empty(0, dtype=dtype))]
+    return codes, _counter(numel)
+
+
+def _counter(numel: int) -> torch.dtype:
+    return torch.int32 if numel < 1 << 31 else torch.int64
 
 
 def _radix_select(

@@ -48,7 +48,10 @@ class Ranks:
                 self.changed.notify_all()
 
     def _sum(self, rank: int, counts: Tensor) -> Tensor:
-        assert counts.dtype in (torch.int32, torch.int64) and counts.device.type == "cpu"
+        assert (
+            counts.dtype in (torch.int32, torch.int64, torch.float64)
+            and counts.device.type == "cpu"
+        )
         with self.changed:
             self.sent[rank].append(counts)
             self.changed.notify_all()
@@ -125,6 +128,27 @@ def test_digits_beyond_float32_and_spread_magnitudes(dtype: torch.dtype) -> None
         masks = top_k_shards(shards, k)
         assert [mask.shape for mask in masks] == [shard.shape for shard in shards]
         assert torch.equal(joined(masks), top_k(joined(shards), k))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_many_scores_of_which_samples_say_what_to_leave_out(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(50_000, generator=generator).to(dtype)
+    uneven = [[values[:30_000], values[:0]], [], [values[30_000:]]]
+    apart = [[values[:25_000] - 50], [values[25_000:] + 50]]  # samples of ranks differ
+    misled = values.clone()
+    misled[1::2] = 9.0  # what a sample with an even stride would not see
+    for ranks in (uneven, apart, [[misled[:20_000]], [misled[20_000:]]]):
+        numel = sum(shard.numel() for held in ranks for shard in held)
+        for k in (0, 1, 700, 24_999, 25_001, 49_990, numel):
+            check_ranks(ranks, k)
+
+
+def test_a_wrong_guess_costs_time_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = torch.randn(30_000, generator=torch.Generator().manual_seed(0))
+    for guess in (-10.0, 1.0, 10.0):
+        monkeypatch.setattr("sparsetrain.sharded_selection._guess", lambda *_, g=guess: g)
+        check_ranks([[values[:10_000]], [values[10_000:]]], 9_000)
 
 
 def test_a_rank_without_shards_takes_part() -> None:

@@ -31,7 +31,7 @@ from sparsetrain.policies.learned import LearnedPolicy
 from sparsetrain.recipe import Recipe
 from sparsetrain.report.events import UpdateEvent
 
-__all__ = ["SparsityCallback", "optimizers", "total_steps"]
+__all__ = ["SparsityCallback", "optimizers", "sparse_optimizer", "total_steps"]
 
 _OPTIMIZER_FILE = "optimizer.pt"  # of a checkpoint's folder
 
@@ -44,7 +44,8 @@ def total_steps(args: TrainingArguments, train_dataset: Sized) -> int:
         train_dataset: the one that the `Trainer` gets.
 
     Raises:
-        ValueError: neither `args.max_steps` nor the length of the data is known.
+        ValueError: neither `args.max_steps` nor the length of the data is known, or the data make
+            no batch.
     """
     if args.max_steps > 0:
         return args.max_steps
@@ -56,7 +57,12 @@ def total_steps(args: TrainingArguments, train_dataset: Sized) -> int:
         processes=1 if _splits_batches(args) else args.world_size,
         drop_last=args.dataloader_drop_last,
     )
-    updates = max(math.ceil(batches / args.gradient_accumulation_steps), 1)
+    if not batches:
+        raise ValueError(
+            f"{len(train_dataset)} examples make no batch of {args.train_batch_size}: give more, "
+            "lower per_device_train_batch_size, or set dataloader_drop_last=False"
+        )
+    updates = math.ceil(batches / args.gradient_accumulation_steps)
     return math.ceil(args.num_train_epochs * updates)
 
 
@@ -117,6 +123,23 @@ def _usual_optimizer(model: nn.Module, args: TrainingArguments) -> Optimizer:
     return optimizer
 
 
+def sparse_optimizer(trainer: Trainer) -> SparseOptimizer:
+    """The one that a `Trainer` steps, without what Accelerate puts around it.
+
+    Raises:
+        ValueError: the `Trainer` steps another kind of optimizer, or has none yet.
+    """
+    found: Any = trainer.optimizer
+    while not isinstance(found, SparseOptimizer):
+        if not hasattr(found, "optimizer"):
+            raise ValueError(
+                f"the Trainer's optimizer is {_described(found)}, and no SparseOptimizer: give it "
+                "optimizers=sparsetrain.integrations.transformers.optimizers(model, args, policy)"
+            )
+        found = found.optimizer
+    return found
+
+
 class SparsityCallback(TrainerCallback):
     """Watches over sparse training in a `Trainer`: checks, logs, and finalizes if asked to.
 
@@ -150,31 +173,13 @@ class SparsityCallback(TrainerCallback):
         self._reached = 0.0
         self._hook: RemovableHandle | None = None
 
-    @property
-    def optimizer(self) -> SparseOptimizer:
-        """The one that the `Trainer` steps, without what Accelerate puts around it.
-
-        Raises:
-            ValueError: the `Trainer` steps another kind of optimizer.
-        """
-        optimizer = found = self.trainer.optimizer
-        while not isinstance(found, SparseOptimizer):
-            found = getattr(found, "optimizer", None)
-            if found is None:
-                raise ValueError(
-                    f"the Trainer steps {_described(optimizer)}, and no SparseOptimizer: give it "
-                    "optimizers=sparsetrain.integrations.transformers.optimizers(model, args, "
-                    "policy)"
-                )
-        return found
-
     # Events of the Trainer.
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Check that the run is what the policy was made for, and listen to mask updates."""
-        optimizer = self.optimizer
+        optimizer = sparse_optimizer(self.trainer)
         self._check_model(optimizer)
         self._check_resumed(optimizer, state)
         if self.check_total_steps:
@@ -209,7 +214,7 @@ class SparsityCallback(TrainerCallback):
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:
             self._follow_best(Path(state.best_model_checkpoint))
         if self.finalize:
-            self.optimizer.finalize()
+            sparse_optimizer(self.trainer).finalize()
 
     # What they are made of.
 
@@ -263,7 +268,7 @@ class SparsityCallback(TrainerCallback):
         control.should_log = should_log  # a log counts as done, but that of the loss is to come
 
     def _follow_best(self, folder: Path) -> None:
-        optimizer = self.optimizer
+        optimizer = sparse_optimizer(self.trainer)
         saved = torch.load(folder / _OPTIMIZER_FILE, map_location="cpu", weights_only=True)
         optimizer.load_state_dict(saved)
         if optimizer.sparsity() < self._reached - 0.01:
@@ -296,7 +301,5 @@ def _check_total_steps(recipe: Recipe, steps: int) -> None:
             )
 
 
-def _described(optimizer: Any) -> str:
-    while hasattr(optimizer, "optimizer"):
-        optimizer = optimizer.optimizer
-    return f"a {type(optimizer).__name__}"
+def _described(optimizer: Optimizer | None) -> str:
+    return "missing" if optimizer is None else f"of type {type(optimizer).__name__}"

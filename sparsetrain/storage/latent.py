@@ -55,12 +55,15 @@ class LatentTarget(MaskedTarget):
     def mask_gradient(self) -> None:
         """Leave the gradient dense: the straight-through estimate for inactive weights."""
 
+    def follow_device(self) -> None:
+        """Take mask and latent weight to the device that the weight is on."""
+        super().follow_device()
+        self._latent = self._latent.to(self._mask.device)
+
     def before_step(self) -> None:
         """Put the latent weights back for the base optimizer to step on."""
         self._original = None
-        device = self.weight().device
-        if self._mask.device != device:
-            self._mask, self._latent = self._mask.to(device), self._latent.to(device)
+        self.follow_device()
         if not self._revealed:
             self.weight().copy_(self.latent_weight())
             self._revealed = True
@@ -78,10 +81,12 @@ class LatentTarget(MaskedTarget):
 
     def extra_state(self) -> dict[str, Tensor]:
         """The latent weight."""
+        self.follow_device()
         return {"latent": self.part.wrap(self.latent_weight().clone())}
 
     def restore(self, mask: Tensor, state: dict[str, Any]) -> None:
         """Take mask and latent weights of a checkpoint; active weights stay those of the model."""
+        self.follow_device()
         self._latent = self.part.held(state["latent"]).to(self._latent).clone()
         self._revealed = False
         super().restore(mask, state)

@@ -12,10 +12,10 @@ from torch.nn import Parameter
 from torch.nn.utils import parametrize
 from torch.utils.hooks import RemovableHandle
 
-from sparsetrain.distributed.part import Part, part_of
 from sparsetrain.distributed.sharded_modules import Move, remove_parametrization
 from sparsetrain.learned import LearnedMask
 from sparsetrain.learned.shards import GateShards
+from sparsetrain.part import Part, part_of
 from sparsetrain.storage.bits import pack_rows, unpack_rows
 from sparsetrain.targets import SparseTarget
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from sparsetrain._lookup import without
-from sparsetrain.distributed.part import Part
+from sparsetrain.part import Part
 from sparsetrain.random_choice import random_free
 from sparsetrain.selection import extreme_indices
 from sparsetrain.storage.bits import pack_rows, packed_shape, unpack_rows
@@ -206,6 +206,13 @@ class MaskedTarget(ExchangeTarget):
         keep_where_(weight, self._mask)
         self._seen_version = weight._version
 
+    def follow_device(self) -> None:
+        """Take what is kept for the weight to the device that it is on."""
+        device = self.weight().device
+        if self._mask.device != device:
+            self._mask = self._mask.to(device)
+            self._original = None if self._original is None else self._original.to(device)
+
     def before_step(self) -> None:
         """Get ready for the base optimizer: repair outside writes, then mask the gradient."""
         self.check_outside_writes()
@@ -214,9 +221,8 @@ class MaskedTarget(ExchangeTarget):
     def check_outside_writes(self) -> None:
         """Follow the weight to its device, and mask it again if somebody else wrote to it."""
         self._original = None
+        self.follow_device()
         weight = self.weight()
-        if self._mask.device != weight.device:
-            self._mask = self._mask.to(weight.device)
         # Loading a state dict, for one, writes dense weights behind our back.
         if weight._version != self._seen_version or self._sample_is_set(weight):
             self.mask_weight()
@@ -261,13 +267,19 @@ class MaskedTarget(ExchangeTarget):
         self.restore(unpack_rows(packed, self.part.held_shape), dict(entry))
 
     def restore(self, mask: Tensor, state: dict[str, Any]) -> None:
-        """Take the mask and the extra state of a checkpoint."""
+        """Take the mask and the extra state of a checkpoint.
+
+        Until the first step the weights that masks have hidden are remembered, as in `begin`: a
+        loop may load the model, give the optimizer its own state back (Accelerate does), and only
+        then load the optimizer.
+        """
+        self.follow_device()
         if self._original is not None:
             weight = self.weight()
-            # Unless a checkpoint was written over it since.
             if torch.equal(weight, torch.where(self._mask, self._original, 0.0)):
                 weight.copy_(self._original)
-        self._original = None
+            else:  # a checkpoint was written over it since
+                self._original = weight.clone()
         self._mask = mask.to(self._mask.device)
         self._active = self.total(int(mask.sum()))
         self.mask_weight()

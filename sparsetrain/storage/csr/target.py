@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sparsetrain._lookup import places, without
-from sparsetrain.distributed.part import Part
+from sparsetrain.part import Part
 from sparsetrain.random_choice import random_free
 from sparsetrain.selection import bottom_k_indices, extreme_indices
 from sparsetrain.storage.csr.growth import largest_in_blocks
