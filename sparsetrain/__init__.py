@@ -1,5 +1,8 @@
 """sparsetrain: declarative sparse training for PyTorch."""
 
+import importlib
+from typing import Any
+
 from sparsetrain import channels, cost, curvature, distributed, integrations, search, storage
 from sparsetrain.allocation import (
     ErdosRenyi,
@@ -162,3 +165,9 @@ __all__ = [
     "sparsegpt",
     "storage",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "testing":  # whoever tests nothing need not load it
+        return importlib.import_module("sparsetrain.testing")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

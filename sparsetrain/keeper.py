@@ -169,9 +169,9 @@ class Keeper:
             self.step_count += 1
         if changes is not None or self.holder.choice.is_waiting:
             self.holder.settle(self.groups)
-        self._announce_step()
-        if changes is not None:
+        if changes is not None:  # before the next step's thresholds and temperatures are set
             self._tell(self.step_count - 1, changes)
+        self._announce_step()
 
     @torch.no_grad()
     def update_instead(self) -> None:
@@ -185,8 +185,8 @@ class Keeper:
         changes = self._commit(decided)
         self.step_count += 1
         self.holder.settle(self.groups)
-        self._announce_step()
         self._tell(self.step_count - 1, changes)
+        self._announce_step()
 
     @torch.no_grad()
     def mask_gradients(self) -> None:

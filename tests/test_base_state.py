@@ -22,6 +22,7 @@ from sparsetrain.base_state import (
     zero_inactive_state,
 )
 from sparsetrain.storage.masked import MaskedTarget
+from sparsetrain.targets import Exchanged
 
 # Muon turns whole rows; the others hold something other than 0 for a weight at rest.
 MOVE_ZEROS = {"adamax", "adagrad", "rprop", "lbfgs", "muon"}
@@ -197,7 +198,14 @@ def reset_state(
     new: torch.Tensor,
     fresh: dict[str, float],
 ) -> None:
-    carry_state(base, MaskedTarget("weight", param), lambda: (gone, new), fresh)
+    done = Exchanged(gone, new, gone.numel(), new.numel())
+    carry_state(base, MaskedTarget("weight", param), lambda: done, fresh)
+
+
+def zero_inactive(base: torch.optim.Optimizer, param: nn.Parameter, mask: torch.Tensor) -> None:
+    target = MaskedTarget("weight", param)
+    target.replace_mask(mask)
+    zero_inactive_state(base, target)
 
 
 def test_resetting_writes_only_state_of_the_weights_shape() -> None:
@@ -217,7 +225,7 @@ def test_zeroing_inactive_state_writes_only_state_of_the_weights_shape() -> None
     base.state[param]["full"][0, 0] = float("nan")
     mask = torch.ones(3, 5, dtype=torch.bool)
     mask[0] = False
-    zero_inactive_state(base, param, mask)
+    zero_inactive(base, param, mask)
     state = base.state[param]
     assert torch.equal(state.pop("full"), before["full"] * mask)
     assert all(bool(torch.as_tensor(value == before[key]).all()) for key, value in state.items())
@@ -226,7 +234,7 @@ def test_zeroing_inactive_state_writes_only_state_of_the_weights_shape() -> None
 def test_a_weight_without_state_needs_no_reset() -> None:
     param, base = one_weight(OPTIMIZERS["adam"], 3, 5)
     reset_state(base, param, torch.tensor([0]), torch.tensor([1]), {"exp_avg": 1.0})
-    zero_inactive_state(base, param, torch.zeros(3, 5, dtype=torch.bool))
+    zero_inactive(base, param, torch.zeros(3, 5, dtype=torch.bool))
     assert len(base.state) == 0
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from typing import Any
 
 import pytest
@@ -16,61 +15,38 @@ from runs import (
     STEPS,
     backward,
     same,
-    shaped_state,
     train,
     weights,
     wrap,
 )
-from torch import Tensor
 
 import sparsetrain as st
+from sparsetrain import testing
+from sparsetrain.testing import strategies
 
-# Fresh state is 0, but for Rprop's step size, Adagrad's start and Adamax's epsilon.
-FRESH = {"rprop": {"step_size": 0.01}, "adagrad": {"sum": 0.1}, "adamax": {"exp_inf": 1e-8}}
-
-
-def check_zeros(optimizer: st.SparseOptimizer) -> None:
-    for target in optimizer.targets.values():
-        off = ~target.mask
-        assert int(target.mask.sum()) == target.active
-        assert (target.param.detach()[off] == 0).all(), f"{target.name} is not masked"
-        if optimizer.recipe.policy is not None and not optimizer.recipe.policy.latent:
-            for key, value in shaped_state(optimizer.base, target.param).items():
-                assert (value[off] == 0).all(), f"{key} of {target.name} is not 0"
+HOLDING = (
+    "counts_are_exact",
+    "inactive_state_is_zero",
+    "inactive_weights_are_zero",
+    "events_tell_what_changed",
+    "grown_weights_start_fresh",
+)
 
 
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_zeros_counts_and_fresh_growth(name: str, policy: str) -> None:
+    report = testing.check_policy(POLICIES[policy], optimizer=name, only=HOLDING)
+    silent = {"grown_weights_start_fresh"} if policy not in ("set", "rigl", "snfs") else set()
+    silent |= {"inactive_state_is_zero"} if policy in LATENT else set()
+    silent |= {"events_tell_what_changed"} if policy == "static" else set()
+    assert set(report.left_out) == silent
+
     model, optimizer = wrap(name, policy)
     if name == "muon":
         assert set(optimizer.targets) == {"hidden.weight", "head.weight"}
-    before: dict[str, Tensor] = optimizer.masks()
     counts = {n: t.active for n, t in optimizer.targets.items()}
     falling = [optimizer.sparsity()]
-    updates: list[int] = []
-
-    def seen_by_user(*_: Any) -> None:
-        check_zeros(optimizer)
-
-    def on_update(event: st.UpdateEvent) -> None:
-        updates.append(event.step)
-        for change in event.layers:
-            target = optimizer.targets[change.name]
-            new = target.mask & ~before[change.name]
-            assert int(new.sum()) == change.grown
-            assert int((before[change.name] & ~target.mask).sum()) == change.dropped
-            assert change.active == target.active
-            if policy not in LATENT:
-                assert (target.param.detach()[new] == 0).all()
-                for key, value in shaped_state(optimizer.base, target.param).items():
-                    fresh = torch.tensor(FRESH.get(name, {}).get(key, 0.0))
-                    assert (value[new] == fresh).all()
-            before[change.name] = target.mask.clone()
-
-    optimizer.register_update_hook(on_update)
-    optimizer.base.register_step_post_hook(seen_by_user)
-    optimizer.register_step_post_hook(seen_by_user)
     for step in range(STEPS):
         train(model, optimizer, step, step + 1)
         assert optimizer.step_count == step + 1
@@ -82,8 +58,6 @@ def test_zeros_counts_and_fresh_growth(name: str, policy: str) -> None:
         if policy == "gradual":
             assert optimizer.sparsity() >= falling[-1]
             falling.append(optimizer.sparsity())
-    assert updates or policy == "static"
-    check_zeros(optimizer)
     total = sum(t.numel for t in optimizer.targets.values())
     active = sum(t.active for t in optimizer.targets.values())
     assert active == (total // 4 if policy == "nm_sparse" else round(0.2 * total))
@@ -93,27 +67,7 @@ def test_zeros_counts_and_fresh_growth(name: str, policy: str) -> None:
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("name", ["momentum", "adamw_amsgrad", "adafactor", "rprop", "lbfgs"])
 def test_resume_is_exact(name: str, policy: str) -> None:
-    stop = 1 + (len(name) + len(policy)) % (STEPS - 2)
-    whole_model, whole = wrap(name, policy)
-    losses = train(whole_model, whole, 0, STEPS)
-
-    first_model, first = wrap(name, policy)
-    early = train(first_model, first, 0, stop)
-    file = io.BytesIO()
-    torch.save({"model": first_model.state_dict(), "optimizer": first.state_dict()}, file)
-    file.seek(0)
-    saved = torch.load(file, weights_only=True)
-    keys = set(saved["optimizer"])
-
-    model, optimizer = wrap(name, policy, seed=7)
-    model.load_state_dict(saved["model"])
-    optimizer.load_state_dict(saved["optimizer"])
-    assert set(saved["optimizer"]) == keys, "the caller's dict was changed"
-    assert early + train(model, optimizer, stop, STEPS) == losses
-    assert same(weights(model), weights(whole_model))
-    assert optimizer.step_count == whole.step_count
-    masks = whole.masks()
-    assert all(torch.equal(mask, masks[n]) for n, mask in optimizer.masks().items())
+    testing.check_policy(POLICIES[policy], optimizer=name, only="resumed_runs_are_the_same")
 
 
 @settings(max_examples=15)
@@ -150,20 +104,8 @@ def test_resume_in_any_order_at_any_step(stop: int, policy: str, order: str) -> 
 def test_nan_gradients_of_inactive_weights_change_nothing(name: str, policy: str) -> None:
     if name not in OPTIMIZERS:
         pytest.skip("this torch has no Muon")
-    clean_model, clean = wrap(name, policy)
-    dirty_model, dirty = wrap(name, policy)
-    generator = torch.Generator().manual_seed(0)
-    for step in range(STEPS):
-        backward(clean_model, step)
-        clean.step()
-        backward(dirty_model, step)
-        growing = policy == "rigl" and POLICIES[policy].update_is_due(step)
-        for target in dirty.targets.values():
-            where = ~target.mask & (torch.rand(target.shape, generator=generator) < 0.5)
-            if not growing:
-                target.param.grad[where] = float("nan") if step % 2 else float("inf")
-        dirty.step()
-    assert same(weights(clean_model), weights(dirty_model))
+    only = "gradients_outside_the_mask_do_not_leak"
+    assert testing.check_policy(POLICIES[policy], optimizer=name, only=only).held == (only,)
 
 
 @pytest.mark.parametrize("policy", ["rigl", "snfs"])
@@ -202,45 +144,41 @@ def test_n_m_holds_in_every_group(n: int, m: int) -> None:
 
 @pytest.mark.parametrize("policy", POLICIES)
 def test_finalize_leaves_a_plain_dense_model(policy: str) -> None:
+    only = ["finalize_leaves_a_plain_model", "state_dict_names_stay"]
+    report = testing.check_policy(POLICIES[policy], optimizer="momentum", only=only)
+    assert set(report.held) == set(only)
     model, optimizer = wrap("momentum", policy)
-    keys = list(weights(wrap("sgd", "static")[0]))
-    train(model, optimizer, 0, STEPS)
-    x, _ = batch_of_one()
-    model.eval()
-    expected, masks = model(x), optimizer.masks()
+    train(model, optimizer, 0, 2)
     optimizer.finalize()
-    assert torch.equal(model(x), expected)
-    assert list(model.state_dict()) == keys
-    assert not any("sparsetrain" in type(m).__module__ for m in model.modules())
-    for name, mask in masks.items():
-        assert (dict(model.named_parameters())[name].detach()[~mask] == 0).all()
-    assert not optimizer.base._optimizer_step_post_hooks
     with pytest.raises(RuntimeError, match="finalized"):
         optimizer.step()
-    optimizer.base.step()  # the plain optimizer goes on
-
-
-def batch_of_one() -> tuple[Tensor, Tensor]:
-    return torch.ones(1, 4, 4, 4), torch.zeros(1, dtype=torch.long)
 
 
 @settings(max_examples=25)
 @given(
-    sparsity=some.floats(0, 0.97),
+    sparsity=strategies.sparsities(0.97),
     policy=some.sampled_from(["static", "set", "rigl", "snfs", "gradual"]),
-    allocation=some.sampled_from(
-        ["uniform", "erdos_renyi", "erdos_renyi_kernel", "uniform_first_dense", "global"]
-    ),
+    allocation=strategies.allocations() | some.just({"kind": "global"}),
     seed=some.integers(0, 1000),
 )
 def test_counts_are_exact_for_any_sparsity_and_allocation(
-    sparsity: float, policy: str, allocation: str, seed: int
+    sparsity: float, policy: str, allocation: dict[str, Any], seed: int
 ) -> None:
     data = POLICIES[policy].model_dump() | {"sparsity": sparsity, "allocation": allocation}
     model, optimizer = wrap("momentum", type(POLICIES[policy]).model_validate(data), seed)
     train(model, optimizer, 0, STEPS)
     targets = list(optimizer.targets.values())
-    first = targets[0].numel if allocation == "uniform_first_dense" else 0
+    first = targets[0].numel if allocation["kind"] == "uniform_first_dense" else 0
     shared = sum(t.numel for t in targets) - first
     assert sum(t.active for t in targets) == round((1 - sparsity) * shared) + first
     assert all(t.active >= 1 for t in targets)
+
+
+@settings(max_examples=15)
+@given(
+    policy=strategies.policies(["static", "set", "rigl", "snfs", "gradual"]),
+    seed=some.integers(0, 1000),
+)
+def test_counts_and_structures_hold_for_any_policy(policy: st.Policy, seed: int) -> None:
+    only = ["counts_are_exact", "structures_hold", "inactive_weights_are_zero"]
+    testing.check_policy(policy, optimizer="momentum", seed=seed, only=only)

@@ -130,6 +130,8 @@ def _drop_count(target: ExchangeTarget, fraction: float, claims: dict[str, float
 def _redistribute(claims: dict[str, float], room: dict[str, int], total: int) -> dict[str, int]:
     """`total` new connections shared by the layers' claims, none above its room."""
     names = [name for name, free in room.items() if free]
+    if not names:  # all layers are dense, and stay so
+        return dict.fromkeys(room, 0)
     # A layer without any momentum still has a tiny claim, for when the others are full.
     shares = [Fraction(max(claims[name], 1e-9)) for name in names]
     growth = apportion(shares, [room[name] for name in names], [1] * len(names), total)
