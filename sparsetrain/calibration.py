@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from sparsetrain.batches import Adapter, Batch, read
 from sparsetrain.candidates import Candidate
 from sparsetrain.curvature.losses import LossFunction, sample_losses
+from sparsetrain.distributed.averaging import Ranks, gradients_aside, taken_gradients
 from sparsetrain.evaluating import evaluating, wanting
 
 #: (candidate, input of its layer, output) of a call.
@@ -29,6 +30,7 @@ class Calibration:
         loss_fn: (outputs, targets) -> scalar.
         seed: of whatever is random.
         progress: whether to show a bar.
+        ranks: processes that have batches of their own.
     """
 
     batches: Iterable[Any] | None = None
@@ -36,6 +38,7 @@ class Calibration:
     adapter: Adapter | None = None
     seed: int = 0
     progress: bool = False
+    ranks: Ranks = field(default_factory=Ranks)
 
     def require(self, who: str, *, loss: bool = True) -> None:
         """Raise ValueError unless there is what `who` needs."""
@@ -55,11 +58,17 @@ class Calibration:
         if self.batches is not None and iter(self.batches) is self.batches:
             raise ValueError(f"{who} reads the batches several times: give a list or a DataLoader")
 
-    def read(self, model: nn.Module, who: str, *, needs_targets: bool = True) -> Iterator[Batch]:
-        """The batches, on the model's device."""
+    def read(
+        self, model: nn.Module, who: str, *, needs_targets: bool = True, in_step: bool = False
+    ) -> Iterator[Batch]:
+        """This rank's batches, on the model's device.
+
+        Args:
+            in_step: whether each is a batch of all ranks together, so that all need as many.
+        """
         self.require(who, loss=needs_targets)
         assert self.batches is not None
-        yield from read(
+        batches = read(
             self.batches,
             model,
             who=who,
@@ -67,6 +76,9 @@ class Calibration:
             needs_targets=needs_targets,
             progress=self.progress,
         )
+        if self.ranks.groups and (in_step or self.ranks.is_sharded):
+            batches = self.ranks.in_step(batches, who)
+        yield from batches
 
     @property
     def options(self) -> dict[str, Any]:
@@ -78,25 +90,41 @@ class Calibration:
     ) -> Iterator[tuple[int, dict[str, Tensor]]]:
         """For each batch its size and the sums over samples of their gradients.
 
-        The model is in evaluation mode meanwhile and `.grad` stays as it is.
+        The first batch is that of all ranks together, and so on. The model is in evaluation mode
+        meanwhile and `.grad` stays as it is.
 
         Raises:
             ValueError: a weight has no gradient in any batch; the message names it.
         """
+        for size, gradients in self._gradients_here(model, candidates, who, in_step=True):
+            (samples,) = self.ranks.totals(size)
+            yield samples, {n: self.ranks.sum_of_gradients(g) for n, g in gradients.items()}
+
+    def _gradients_here(
+        self, model: nn.Module, candidates: Sequence[Candidate], who: str, *, in_step: bool
+    ) -> Iterator[tuple[int, dict[str, Tensor]]]:
+        """As `gradients`, of the samples of this rank; of sharded weights means over ranks."""
         reached: set[str] = set()
         names = [candidate.name for candidate in candidates]
         params = [candidate.param for candidate in candidates]
-        with evaluating(model), wanting(model, params):
-            for batch in self.read(model, who):
+        is_sharded = self.ranks.is_sharded
+        every = list(model.parameters())
+        aside = gradients_aside(every) if is_sharded else nullcontext()
+        with evaluating(model), wanting(model, params), aside:
+            for batch in self.read(model, who, in_step=in_step):
                 total = self.total_loss(model, batch, who)
-                found = torch.autograd.grad(total, params, allow_unused=True)
+                if is_sharded:  # gradients go over ranks in backward() alone
+                    total.backward()  # type: ignore[no-untyped-call]
+                    found: Sequence[Tensor | None] = taken_gradients(params)
+                else:
+                    found = torch.autograd.grad(total, params, allow_unused=True)
                 gradients = {}
                 for name, param, gradient in zip(names, params, found, strict=True):
                     if gradient is not None:
                         reached.add(name)
                     gradients[name] = torch.zeros_like(param) if gradient is None else gradient
                 yield batch.size, gradients
-        require_reached(names, reached, who)
+        require_reached(names, self.ranks.seen_by(names, reached, every=False), who)
 
     def total_loss(self, model: nn.Module, batch: Batch, who: str) -> Tensor:
         """The sum over samples of each one's own loss."""
@@ -108,20 +136,23 @@ class Calibration:
     ) -> dict[str, Tensor]:
         """Name -> mean over all samples of the gradients of their losses."""
         samples, sums = 0, {c.name: torch.zeros_like(c.param) for c in candidates}
-        for size, gradients in self.gradients(model, candidates, who):
+        for size, gradients in self._gradients_here(model, candidates, who, in_step=False):
             samples += size
             for name, gradient in gradients.items():
                 sums[name] += gradient
-        return {name: total / samples for name, total in sums.items()}
+        (samples,) = self.ranks.totals(samples)
+        return {n: self.ranks.sum_of_gradients(total) / samples for n, total in sums.items()}
 
     def watch(self, model: nn.Module, candidates: Sequence[Candidate], who: str, see: See) -> int:
         """Run all batches forward and show what goes in and out of each candidate's layer.
 
+        Each rank looks at its own batches: what is seen has to be added up.
+
         Returns:
-            The number of samples.
+            The number of samples of all ranks.
 
         Raises:
-            ValueError: a layer is never called; the message names it.
+            ValueError: a layer is never called, on some rank; the message names it.
         """
         called: set[str] = set()
         samples = 0
@@ -134,8 +165,9 @@ class Calibration:
             for batch in self.read(model, who, needs_targets=False):
                 batch.forward(model)
                 samples += batch.size
-        require_reached([c.name for c in candidates], called, who)
-        return samples
+        names = [candidate.name for candidate in candidates]
+        require_reached(names, self.ranks.seen_by(names, called, every=True), who)
+        return self.ranks.totals(samples)[0]
 
 
 @contextmanager

@@ -38,6 +38,7 @@ class Keeper:
         self.generator = torch.Generator().manual_seed(seed)
         self.tracker = Tracker()
         self.listeners: OrderedDict[int, Listener] = OrderedDict()
+        self.released = False
 
     def __getstate__(self) -> dict[str, Any]:
         groups = [(policy, group.targets, group.memory) for policy, group in self.groups]
@@ -274,6 +275,7 @@ class Keeper:
         self.holder.release(self.groups, dense=dense)
         for _, group in self.groups:
             group.memory.clear()
+        self.released = True
 
     def _announce_step(self) -> None:
         """Get policies and storages ready for the forward and backward passes of the next step."""

@@ -48,7 +48,6 @@ class SparseOptimizer(Optimizer):
 
     base: Optimizer
     _keeper: Keeper
-    _finalized: bool
     _stepping: bool
     _depth: int  # of base.step() calls within one another, as a subclass makes through super()
 
@@ -76,7 +75,6 @@ class SparseOptimizer(Optimizer):
             {
                 "base": optimizer,
                 "_keeper": keeper,
-                "_finalized": False,
                 "_stepping": False,
                 "_depth": 0,
             }
@@ -144,6 +142,11 @@ class SparseOptimizer(Optimizer):
             raise
         finally:
             self._stepping = False
+
+    @property
+    def _finalized(self) -> bool:
+        # Not an attribute of its own: Lightning's wrapper shares ours but not their changes.
+        return self._keeper.released
 
     # What a user asks of it.
 
@@ -273,7 +276,6 @@ class SparseOptimizer(Optimizer):
         self._keeper.release(dense=dense)
         self._pre.remove()
         self._post.remove()
-        self._finalized = True
 
     # Checkpoints.
 
@@ -327,7 +329,7 @@ class SparseOptimizer(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """The wrapped optimizer and the keeper."""
-        return {"base": self.base, "_keeper": self._keeper, "_finalized": self._finalized}
+        return {"base": self.base, "_keeper": self._keeper}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Inverse of `__getstate__`."""

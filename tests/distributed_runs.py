@@ -158,13 +158,14 @@ def build(
     sharded: bool = True,
     first: str = "model",
     mesh: DeviceMesh | None = None,
+    dtype: torch.dtype = torch.float64,
 ) -> tuple[nn.Module, st.SparseOptimizer]:
     """A network and its wrapped optimizer.
 
     Args:
         first: which of "model" and "optimizer" is made first; with learned masks the optimizer is.
     """
-    model = NETS[net]().double().eval()
+    model = NETS[net]().to(dtype).eval()
     recipe = CHOSEN[policy] if policy in CHOSEN else LEARNED[policy]
     early = sharded and first == "model" and policy in CHOSEN
     if early:

@@ -12,10 +12,10 @@ from pydantic import Field
 from torch import Tensor
 
 from sparsetrain.candidates import Candidate
-from sparsetrain.distributed.part import Part
 from sparsetrain.learned.base import gates_like
 from sparsetrain.learned.sharing import Sharing, share
 from sparsetrain.learned.soft_threshold import SoftThresholdMask
+from sparsetrain.part import Part
 from sparsetrain.policies.control import Budget
 from sparsetrain.policies.group import TargetGroup
 from sparsetrain.policies.learned import LearnedPolicy

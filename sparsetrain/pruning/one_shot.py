@@ -25,6 +25,8 @@ from sparsetrain.calibration import Calibration
 from sparsetrain.candidates import Candidate, choose, unwrapped
 from sparsetrain.cost.targets import CostTarget
 from sparsetrain.curvature.losses import LossFunction
+from sparsetrain.distributed.averaging import Ranks
+from sparsetrain.part import part_of
 from sparsetrain.pruning.result import PruneResult
 from sparsetrain.pruning.sequence import stages, weights_back
 from sparsetrain.pruning.within import MaskBound, masks_within
@@ -57,6 +59,10 @@ def prune(
 
     Weights that are 0 already stay pruned and count. Counts are exact.
 
+    Under `DistributedDataParallel` or `fully_shard` every rank calls this with batches of its own,
+    and has its part of the masks that one process would choose that sees the batches of all. The
+    n-th batches of the ranks are one batch together.
+
     Args:
         score: a score of single weights, or its name.
         sparsity: share of zeros over all chosen weights, in [0, 1); None where `target`,
@@ -85,19 +91,25 @@ def prune(
 
     Raises:
         ValueError: arguments that do not fit each other or the model, data that are missing or do
-            not reach a weight.
+            not reach a weight, a score or target that sharded weights do not allow.
     """
+    ranks = Ranks.of(model)
     model = unwrapped(model)
     chosen: Score = Score.build(score)
     if chosen.per_channel:
         raise ValueError(f"{chosen.title} is of channels: st.prune takes scores of weights")
     candidates = choose(model, match)
-    given = Calibration(calibration, loss_fn, adapter, seed, progress)
+    given = Calibration(calibration, loss_fn, adapter, seed, progress, ranks)
     plan = Plan(candidates, scope or chosen.scope, parse_structure(structure), allocation)
     parts = _parts(model, candidates, blocks, chosen, plan)
     run = _Run(model, chosen, candidates, parts, plan, given)
     if target is None:
-        return PruneResult(model, run.masks(sparsity), chosen.kind)
+        return PruneResult(model, plan.wrapped(run.masks(sparsity)), chosen.kind)
+    if not plan.is_whole:
+        raise ValueError(
+            "a target is a cost of whole weights, and these are sharded: give a sparsity, or prune "
+            "before fully_shard"
+        )
     plan.require_free(sparsity)
     bound = MaskBound.of(target, model, candidates, example_inputs)
     masks = masks_within(bound, run.masks, plan.least, plan.numel)
@@ -116,13 +128,14 @@ class _Run:
     given: Calibration
 
     def __post_init__(self) -> None:
-        self.start = {c.name: c.param.detach() != 0 for c in self.candidates}
+        parts = self.plan.parts
+        self.start = {c.name: parts[c.name].held(c.param) != 0 for c in self.candidates}
         self.is_stepwise = self.score.pruning_rounds > 1 or len(self.parts) > 1
         if self.is_stepwise:
             self.given.require_rereadable(self.score.title)
 
     def masks(self, sparsity: float | None) -> dict[str, Tensor]:
-        """Name -> mask at this sparsity."""
+        """Name -> what is here of the mask at this sparsity."""
         rounds = self.score.pruning_rounds
         if rounds > 1 and sparsity is None:
             raise ValueError(f"{self.score.title} prunes in {rounds} rounds: give a sparsity")
@@ -182,6 +195,7 @@ class Plan:
         ranks_all = scope == "global" and isinstance(structure, Unstructured)
         self.allocation = Global() if ranks_all else parse_allocation(allocation or "uniform")
         self.shapes = []
+        self.parts = {c.name: part_of(c.name, c.param) for c in candidates}
         for candidate in candidates:
             shape = tuple(candidate.param.shape)
             self.structure.check(shape, candidate.name)
@@ -202,6 +216,15 @@ class Plan:
         least, numel = sum(s.quantum for s in counted), sum(s.numel for s in counted)
         return math.ceil(Fraction(least, numel) * self.numel)
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether no weight is sharded."""
+        return all(part.is_whole for part in self.parts.values())
+
+    def wrapped(self, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What is here of masks as masks of the weights."""
+        return {name: self.parts[name].wrap(mask) for name, mask in masks.items()}
+
     def require_free(self, sparsity: float | None) -> None:
         """Raise ValueError if the sparsity is set already, so that a target cannot set it."""
         if sparsity is not None:
@@ -212,17 +235,26 @@ class Plan:
     def masks(
         self, scores: Mapping[str, Tensor], before: Mapping[str, Tensor], sparsity: float | None
     ) -> dict[str, Tensor]:
-        """The best of each group; what was pruned before is worse than anything else."""
-        lowest = min(min(float(values.min()) for values in scores.values()), 0.0)
+        """The best of each group; what was pruned before is worse than anything else.
+
+        Args:
+            scores: of the weights.
+            before: what is here of their masks.
+
+        Returns:
+            What is here of the new ones.
+        """
+        held = {name: self.parts[name].held(values) for name, values in scores.items()}
+        lowest = min(self.parts[name].lowest(_lowest(values)) for name, values in held.items())
         below = 2 * lowest - 1
-        ranked = {name: values.where(before[name], below) for name, values in scores.items()}
+        ranked = {name: values.where(before[name], below) for name, values in held.items()}
         if isinstance(self.allocation, Global):
             total = sum(allocate(self.allocation, self.shapes, sparsity).values())
-            chosen = top_k_across(ranked, total)
+            chosen = top_k_across(ranked, total, parts=self.parts)
         else:
             counts = self.counts(sparsity)
             chosen = {
-                name: select(values, counts[name], self.structure, name=name)
+                name: select(values, counts[name], self.structure, name=name, part=self.parts[name])
                 for name, values in ranked.items()
             }
         return {name: mask & before[name] for name, mask in chosen.items()}
@@ -235,6 +267,11 @@ class Plan:
         return {s.name: self.structure.fixed_count(s.shape) for s in self.shapes}
 
 
+def _lowest(values: Tensor) -> float:
+    """The smallest value, or 0."""
+    return min(float(values.min()), 0.0) if values.numel() else 0.0
+
+
 def sparsity_after(sparsity: float | None, share: float) -> float | None:
     """The density falls by the same factor in each round (Tanaka et al. 2020, algorithm 1)."""
     if sparsity is None or share == 1:
@@ -244,6 +281,7 @@ def sparsity_after(sparsity: float | None, share: float) -> float | None:
 
 @torch.no_grad()
 def zero(candidates: Sequence[Candidate], masks: Mapping[str, Tensor]) -> None:
-    """Set what is pruned to 0."""
+    """Set what is pruned to 0, of what is here."""
     for candidate in candidates:
-        candidate.param.masked_fill_(~masks[candidate.name], 0.0)
+        here = part_of(candidate.name, candidate.param).held(candidate.param)
+        here.masked_fill_(~masks[candidate.name], 0.0)

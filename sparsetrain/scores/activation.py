@@ -69,7 +69,8 @@ def _sums(
         sums[candidate.name] = [a + b for a, b in zip(known, found, strict=True)]
 
     calibration.watch(model, candidates, who, see)
-    return sums
+    add_up = calibration.ranks.sum
+    return {c.name: [add_up(value) for value in sums[c.name]] for c in candidates}
 
 
 def channels_second(candidate: Candidate, output: Tensor) -> Tensor:

@@ -58,6 +58,11 @@ class Score(Kinded):
         return f"score {self.kind!r}"
 
     @property
+    def needs_whole(self) -> str | None:
+        """What `measure` does that sharded weights do not allow; None when it can have them."""
+        return None
+
+    @property
     def pruning_rounds(self) -> int:
         """In how many rounds, each on what the last has left, `st.prune` goes."""
         return 1
@@ -67,10 +72,12 @@ class Score(Kinded):
     ) -> dict[str, Tensor]:
         """Importance of each weight or channel of a whole model.
 
-        The model is in evaluation mode meanwhile; nothing of it changes.
+        The model is in evaluation mode meanwhile; nothing of it changes. Where ranks have batches
+        of their own, what each has summed over its own is added up by `calibration.ranks`.
 
         Returns:
-            Name of the weight -> tensor of its shape, or [outputs] for scores of channels.
+            Name of the weight -> tensor of its shape, or [outputs] for scores of channels. Of a
+            sharded weight it may be whole or sharded alike.
 
         Raises:
             ValueError: data are missing or do not reach a weight.

@@ -31,7 +31,7 @@ class BatchNormScale(Score):
         after = norms_after(model)
         norms = {c.name: after.get(id(c.owners[0])) for c in candidates}
         found = {
-            name: norm.weight.detach().abs()
+            name: _whole(norm.weight.detach()).abs()
             for name, norm in norms.items()
             if norm is not None and norm.affine
         }
@@ -40,6 +40,11 @@ class BatchNormScale(Score):
                 "score 'batch_norm_scale' finds no layer with a batch normalisation right after it"
             )
         return found
+
+
+def _whole(scale: Tensor) -> Tensor:
+    """One number a channel is little to gather from shards."""
+    return scale.full_tensor() if hasattr(scale, "full_tensor") else scale
 
 
 def norms_after(model: nn.Module) -> dict[int, nn.modules.batchnorm._BatchNorm]:

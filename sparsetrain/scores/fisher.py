@@ -35,6 +35,11 @@ class Fisher(Score):
         "the model's softmax; whole models only",
     )
 
+    @property
+    def needs_whole(self) -> str | None:
+        """Per-sample gradients do."""
+        return "takes the gradient of each sample"
+
     def measure(
         self, model: nn.Module, candidates: Sequence[Candidate], calibration: Calibration
     ) -> dict[str, Tensor]:
@@ -47,7 +52,8 @@ class Fisher(Score):
             seed=calibration.seed,
             **calibration.options,
         )
-        return weighted(candidates, diagonal, self.title)
+        means = calibration.ranks.mean(diagonal, diagonal.samples)
+        return weighted(candidates, means, self.title)
 
     def observe(self, name: str, param: Parameter, seen: Tensor | None) -> Tensor | None:
         """The sum with this step's g^2 in it; layers that the step did not use keep theirs."""

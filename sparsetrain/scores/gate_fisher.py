@@ -26,6 +26,11 @@ class GateFisher(Score):
     data: ClassVar[Needs] = "loss"
     per_channel: ClassVar[bool] = True
 
+    @property
+    def needs_whole(self) -> str | None:
+        """Gradients of outputs do."""
+        return "takes the gradient of each sample"
+
     def measure(
         self, model: nn.Module, candidates: Sequence[Candidate], calibration: Calibration
     ) -> dict[str, Tensor]:
@@ -43,8 +48,10 @@ class GateFisher(Score):
                 total = calibration.total_loss(model, batch, self.title)
                 samples += batch.size
                 _add_squares(sums, total, calls)
-        require_reached([c.name for c in candidates], set(sums), self.title)
-        return {name: 0.5 * total / samples for name, total in sums.items()}
+        ranks, names = calibration.ranks, [candidate.name for candidate in candidates]
+        require_reached(names, ranks.seen_by(names, sums, every=True), self.title)
+        (samples,) = ranks.totals(samples)
+        return {name: 0.5 * ranks.sum(sums[name]) / samples for name in names}
 
 
 def _add_squares(

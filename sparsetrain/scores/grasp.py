@@ -33,6 +33,11 @@ class GraSP(Score):
         200.0, gt=0, description="divides the outputs, as in the authors' code"
     )
 
+    @property
+    def needs_whole(self) -> str | None:
+        """A second derivative does."""
+        return "takes second derivatives"
+
     def measure(
         self, model: nn.Module, candidates: Sequence[Candidate], calibration: Calibration
     ) -> dict[str, Tensor]:
@@ -58,8 +63,9 @@ class GraSP(Score):
                 for known, value in zip(curved, second, strict=True):
                     if value is not None:
                         known += value
+        (samples,) = cooled.ranks.totals(samples)
         return {
-            c.name: c.param.detach() * value / samples
+            c.name: c.param.detach() * cooled.ranks.sum(value) / samples
             for c, value in zip(candidates, curved, strict=True)
         }
 

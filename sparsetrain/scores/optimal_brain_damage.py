@@ -35,6 +35,11 @@ class OptimalBrainDamage(Score):
     )
     probes: int = Field(1, ge=1, description="of 'monte_carlo' and 'hutchinson'")
 
+    @property
+    def needs_whole(self) -> str | None:
+        """Its curvature is that of whole layers."""
+        return "takes second derivatives or a gradient for each sample"
+
     def measure(
         self, model: nn.Module, candidates: Sequence[Candidate], calibration: Calibration
     ) -> dict[str, Tensor]:
@@ -50,6 +55,7 @@ class OptimalBrainDamage(Score):
             options["estimate"] = "exact" if self.curvature == "hessian" else "hutchinson"
         names = [candidate.name for candidate in candidates]
         diagonal = compute(model, batches, loss_fn, parameters=names, probes=self.probes, **options)
+        means = calibration.ranks.mean(diagonal, diagonal.samples)
         if self.curvature == "hutchinson":
-            return weighted(candidates, {n: h.abs() for n, h in diagonal.items()}, self.title)
-        return weighted(candidates, diagonal, self.title)
+            return weighted(candidates, {n: h.abs() for n, h in means.items()}, self.title)
+        return weighted(candidates, means, self.title)

@@ -12,6 +12,7 @@ from sparsetrain.calibration import Calibration, require_reached
 from sparsetrain.candidates import Candidate
 from sparsetrain.curvature import iterate_per_sample_gradients
 from sparsetrain.curvature.inverse import FisherBlocks
+from sparsetrain.distributed.averaging import Ranks
 from sparsetrain.scores.base import Needs, Scope, Score
 
 
@@ -34,6 +35,11 @@ class OptimalBrainSurgeon(Score):
         description="what the Fisher matrix is a mean over: 'batch' takes the mean gradient of "
         "each batch for one, as WoodFisher's authors do; faster, for many small batches",
     )
+
+    @property
+    def needs_whole(self) -> str | None:
+        """Blocks go across the borders of shards."""
+        return "takes blocks of the Fisher matrix that go across shards"
 
     def measure(
         self, model: nn.Module, candidates: Sequence[Candidate], calibration: Calibration
@@ -58,7 +64,7 @@ class OptimalBrainSurgeon(Score):
             ValueError: data are missing, not finite or do not reach a weight.
         """
         names = [candidate.name for candidate in candidates]
-        sums = {name: FisherBlocks(self.block) for name in names}
+        sums = {name: _SharedBlocks(self.block) for name in names}
         reached: set[str] = set()
         for gradients in self._gradients(model, candidates, calibration):
             for name, rows in gradients.items():
@@ -66,7 +72,11 @@ class OptimalBrainSurgeon(Score):
                     reached.add(name)
                 kept = rows if masks is None else rows * masks[name]
                 sums[name].add(kept.flatten(1))
-        require_reached(names, reached, self.title)
+        ranks = calibration.ranks
+        require_reached(names, ranks.seen_by(names, reached, every=False), self.title)
+        if self.gradients == "sample":  # those of batches are of all ranks already
+            for name in names:
+                sums[name].add_up(ranks)
         return {name: sums[name].inverse(self.damping) for name in names}
 
     def _gradients(
@@ -82,6 +92,16 @@ class OptimalBrainSurgeon(Score):
             return
         for size, sums in calibration.gradients(model, candidates, self.title):
             yield {name: (total / size).unsqueeze(0) for name, total in sums.items()}
+
+
+class _SharedBlocks(FisherBlocks):
+    """Sums of g g' that ranks have parts of."""
+
+    def add_up(self, ranks: Ranks) -> None:
+        """Let every rank have all of it."""
+        if self._sums is not None:
+            self._sums = ranks.sum(self._sums)
+        (self.rows,) = ranks.totals(self.rows)
 
 
 def saliency(weight: Tensor, inverses: Tensor) -> Tensor:

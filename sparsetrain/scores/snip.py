@@ -11,6 +11,7 @@ from torch.nn import Parameter
 
 from sparsetrain.calibration import Calibration
 from sparsetrain.candidates import Candidate
+from sparsetrain.part import part_of
 from sparsetrain.scores.base import Needs, Scope, Score, gradient_of
 
 
@@ -31,7 +32,7 @@ class SNIP(Score):
         """Sensitivities, of the weight's shape; they add up to 1 over all weights."""
         gradients = calibration.mean_gradients(model, candidates, self.title)
         found = {c.name: (c.param.detach() * gradients[c.name]).abs_() for c in candidates}
-        total = sum(float(value.sum(dtype=torch.float64)) for value in found.values())
+        total = sum(_sum(c, found[c.name]) for c in candidates)
         return {name: value / total for name, value in found.items()} if total else found
 
     def of(
@@ -39,3 +40,9 @@ class SNIP(Score):
     ) -> Tensor:
         """|w g| of the current step, of the weight's shape; not a share of anything."""
         return (param.detach() * gradient_of(name, param, self.kind)).abs_()
+
+
+def _sum(candidate: Candidate, values: Tensor) -> float:
+    """Of a sharded weight over all ranks."""
+    part = part_of(candidate.name, candidate.param)
+    return float(part.sum(part.held(values).sum(dtype=torch.float64).cpu()))

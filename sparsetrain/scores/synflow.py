@@ -38,6 +38,11 @@ class SynFlow(Score):
         """`rounds`."""
         return self.rounds
 
+    @property
+    def needs_whole(self) -> str | None:
+        """A copy in float64 does."""
+        return "computes on a copy of the model in float64"
+
     def measure(
         self, model: nn.Module, candidates: Sequence[Candidate], calibration: Calibration
     ) -> dict[str, Tensor]:

@@ -33,6 +33,11 @@ class Taylor(Score):
         "batch", description="whose gradients are taken one by one; 'sample' is for whole models"
     )
 
+    @property
+    def needs_whole(self) -> str | None:
+        """Gradients of single samples do."""
+        return "takes the gradient of each sample" if self.per == "sample" else None
+
     def measure(
         self, model: nn.Module, candidates: Sequence[Candidate], calibration: Calibration
     ) -> dict[str, Tensor]:
@@ -45,7 +50,8 @@ class Taylor(Score):
         given = (model, *calibration.given(self.title))
         if self.squared:
             options = {"parameters": weights, **calibration.options}
-            squares = fisher_diagonal(*given, **options)
+            diagonal = fisher_diagonal(*given, **options)
+            squares = calibration.ranks.mean(diagonal, diagonal.samples)
             return {n: weights[n].square() * squares[n] for n in weights}
         chunks = iterate_per_sample_gradients(*given, parameters=weights, **calibration.options)
         samples, sums = 0, {n: torch.zeros_like(w) for n, w in weights.items()}
@@ -53,7 +59,8 @@ class Taylor(Score):
             samples += len(next(iter(chunk.values())))
             for n, gradient in chunk.items():
                 sums[n] += (weights[n] * gradient).abs_().sum(0)
-        return {n: total / samples for n, total in sums.items()}
+        (samples,) = calibration.ranks.totals(samples)
+        return {n: calibration.ranks.sum(total) / samples for n, total in sums.items()}
 
     def of(
         self, name: str, param: Parameter, state: Mapping[str, Any], generator: torch.Generator

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
@@ -13,6 +14,7 @@ from torch.nn import functional as F
 from sparsetrain.calibration import Calibration, in_float
 from sparsetrain.candidates import Candidate
 from sparsetrain.convolution import padded_input
+from sparsetrain.part import part_of
 from sparsetrain.scores.base import Needs, Scope, Score
 
 
@@ -34,7 +36,13 @@ class Wanda(Score):
     ) -> dict[str, Tensor]:
         """|w| ||x||, of the weight's shape."""
         norms = input_norms(model, candidates, calibration, self.title)
-        return {c.name: (c.param.detach() * norms[c.name]).abs_() for c in candidates}
+        return {c.name: _product(c, norms[c.name]) for c in candidates}
+
+
+def _product(candidate: Candidate, norm: Tensor) -> Tensor:
+    part = part_of(candidate.name, candidate.param)
+    here = norm if norm.dim() == 1 else part.held(norm)  # a convolution's has the weight's shape
+    return part.wrap((part.held(candidate.param) * here).abs_())
 
 
 def input_norms(
@@ -43,7 +51,7 @@ def input_norms(
     """Root of the mean over samples of the squared norm of each weight's input.
 
     Returns:
-        Name -> a tensor that multiplies with the weight.
+        Name -> a tensor that multiplies with the whole weight.
     """
     squares: dict[str, Tensor] = {}
 
@@ -53,7 +61,8 @@ def input_norms(
         squares[candidate.name] = square if known is None else known + square
 
     samples = calibration.watch(model, candidates, who, see)
-    return {name: (square / samples).sqrt() for name, square in squares.items()}
+    sums = {c.name: calibration.ranks.sum(squares[c.name]) for c in candidates}
+    return {name: (square / samples).sqrt() for name, square in sums.items()}
 
 
 def _squares(candidate: Candidate, given: Tensor) -> Tensor:
@@ -65,7 +74,7 @@ def _squares(candidate: Candidate, given: Tensor) -> Tensor:
         raise ValueError(f"score 'wanda' knows no inputs of the transposed {candidate.name}")
     weight = candidate.param
     # A convolution of the squares with a kernel of one 1, for each place of the kernel.
-    channels, places = given.shape[1], weight[0, 0].numel()
+    channels, places = given.shape[1], math.prod(weight.shape[2:])
     kernel = torch.eye(places, dtype=given.dtype, device=given.device)
     kernel = kernel.reshape(places, 1, *weight.shape[2:]).repeat(
         channels, *[1] * (weight.dim() - 1)

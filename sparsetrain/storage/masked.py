@@ -287,6 +287,7 @@ class MaskedTarget(ExchangeTarget):
     def release(self) -> None:
         """Forget everything but the masked weight."""
         self._original = None
+        self.follow_device()
         self.mask_weight()
 
 
