@@ -90,7 +90,7 @@ class Tracker:
         self.idle = dict(state["idle"])
         self.idle_with_gradient = dict(state["idle_with_gradient"])
         if (explored := state["explored"]) is not None:
-            self.explored = {name: bits.clone() for name, bits in explored.items()}
+            self.explored = {n: bits.to("cpu", copy=True) for n, bits in explored.items()}
         elif self.explored is not None:
             self.explored = {}
 

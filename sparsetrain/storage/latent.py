@@ -28,6 +28,7 @@ class LatentTarget(MaskedTarget):
 
     def latent_weight(self) -> Tensor:
         """Dense weight of what is held here; active entries are the model's own."""
+        self.follow_device()
         if self._revealed:
             return self.weight()
         return torch.where(self._mask, self.weight(), self._latent)
@@ -81,7 +82,6 @@ class LatentTarget(MaskedTarget):
 
     def extra_state(self) -> dict[str, Tensor]:
         """The latent weight."""
-        self.follow_device()
         return {"latent": self.part.wrap(self.latent_weight().clone())}
 
     def restore(self, mask: Tensor, state: dict[str, Any]) -> None:

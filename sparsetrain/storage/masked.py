@@ -185,6 +185,7 @@ class MaskedTarget(ExchangeTarget):
         """Set the gradient to 0 where inactive (also where it is NaN or infinite)."""
         grad = self.gradient()
         if grad is not None and self._active < self.numel:
+            self.follow_device()
             keep_where_(grad, self._mask)
 
     def mask_state(self, tensor: Tensor) -> None:
@@ -202,6 +203,7 @@ class MaskedTarget(ExchangeTarget):
 
     def mask_weight(self) -> None:
         """Set the weight to 0 where inactive."""
+        self.follow_device()
         weight = self.weight()
         keep_where_(weight, self._mask)
         self._seen_version = weight._version
@@ -287,7 +289,6 @@ class MaskedTarget(ExchangeTarget):
     def release(self) -> None:
         """Forget everything but the masked weight."""
         self._original = None
-        self.follow_device()
         self.mask_weight()
 
 
