@@ -113,12 +113,18 @@ FEATURES: dict[str, Callable[[str, str, int], Run]] = {
     "train": trained,
     "resume": resumed,
     "accumulate": accumulated,
-    "compile": compiled,
 }
+#: Compiling takes seconds, so that most policies are left to the slow tests.
+COMPILED = ("rigl", "hard concrete")
 
 
-def run_all(rank: int, loop: str) -> dict[Any, Any]:
+def run_all(rank: int, loop: str, kind: str) -> dict[Any, Any]:
     found: dict[Any, Any] = {}
+    if kind != "plain":
+        for policy in COMPILED if kind == "some" else KINDS:
+            model, optimizer = compiled(loop, policy, rank)
+            found["compile", policy] = outcome(plain(model), optimizer)
+        return found
     for policy in KINDS:
         for feature, work in FEATURES.items():
             model, optimizer = work(loop, policy, rank)
@@ -129,11 +135,14 @@ def run_all(rank: int, loop: str) -> dict[Any, Any]:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], list[Any]]]:
-    """loop -> what each rank found, run when first asked for."""
+    """loop -> what each rank found, run when first asked for.
+
+    With "plain" without compiling, with "some" or "all" compiled policies.
+    """
 
     @cache
-    def run(loop: str) -> list[Any]:
-        return on_ranks(run_all, RANKS, tmp_path_factory.mktemp(loop), loop)
+    def run(loop: str, kind: str = "plain") -> list[Any]:
+        return on_ranks(run_all, RANKS, tmp_path_factory.mktemp(loop), loop, kind)
 
     yield run
 
@@ -179,9 +188,12 @@ def test_accumulate(runs: Any, loop: str, policy: str) -> None:
 
 
 @of_loops
-@of_policies
+@pytest.mark.parametrize(
+    "policy",
+    [pytest.param(p, marks=[] if p in COMPILED else pytest.mark.slow) for p in KINDS],
+)
 def test_compile(runs: Any, loop: str, policy: str) -> None:
-    for found in runs(loop):
+    for found in runs(loop, "some" if policy in COMPILED else "all"):
         assert_same(found["compile", policy], alone(policy))
 
 

@@ -12,13 +12,13 @@ from hypothesis import strategies as some
 from learned_twins import numbers
 from torch import Tensor
 
-from sparsetrain.distributed import Part
 from sparsetrain.learned import LearnedMask
 from sparsetrain.learned.gumbel_softmax import GumbelSoftmaxMask
 from sparsetrain.learned.hard_concrete import HardConcreteMask
 from sparsetrain.learned.movement import ScoresAboveMask
 from sparsetrain.learned.sharing import Sharing, share
 from sparsetrain.learned.variational_dropout import VariationalDropoutMask
+from sparsetrain.part import Part
 from sparsetrain.structures import Block
 
 SHAPE = (4, 6, 2, 2)

@@ -11,9 +11,9 @@ from runs import SmallNet, train
 from torch import Tensor
 
 import sparsetrain as st
-from sparsetrain.distributed import Part
 from sparsetrain.learned.sharing import Sharing
 from sparsetrain.learned.soft_threshold import Curve, SoftThresholdMask
+from sparsetrain.part import Part
 
 SHAPE = (5, 4, 3, 3)
 PER_LAYER, PER_OUTPUT = (1, 1, 1, 1), (5, 1, 1, 1)

@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.nn import Parameter
 
 import sparsetrain as st
-from sparsetrain.distributed import Part
 from sparsetrain.learned.gumbel_softmax import GumbelSoftmaxMask
 from sparsetrain.learned.sharing import Sharing, share
+from sparsetrain.part import Part
 from sparsetrain.policies.control import Budget, Steering, nearest_gates, next_strength
 from sparsetrain.policies.soft_threshold import _between
 from sparsetrain.storage.learned import LearnedTarget
