@@ -7,11 +7,14 @@ two weights is larger, masks would differ by it.
 
 from __future__ import annotations
 
+import os
+import time
 import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -125,6 +128,25 @@ def on_ranks(work: Callable[..., Any], ranks: int, folder: Path, *args: Any) -> 
     folder.mkdir(exist_ok=True)
     mp.spawn(_one_rank, (ranks, str(folder), work, args), nprocs=ranks)
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(ranks)]
+
+
+def once(factory: pytest.TempPathFactory, key: str, *job: Any) -> list[Any]:
+    """As `on_ranks(work, ranks, folder, *args)`, for the first test that asks; others wait for it,
+    also those of another pytest process."""
+    work, ranks, *args = job
+    root = factory.getbasetemp()
+    folder = (root.parent if "PYTEST_XDIST_WORKER" in os.environ else root) / key
+    ended = folder / "ended"
+    try:
+        folder.mkdir()
+    except FileExistsError:
+        while not ended.exists():
+            time.sleep(0.2)
+        return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(ranks)]
+    try:
+        return on_ranks(work, ranks, folder, *args)
+    finally:
+        ended.touch()
 
 
 def _one_rank(

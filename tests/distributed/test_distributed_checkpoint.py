@@ -65,7 +65,6 @@ def load_all(rank: int, folder: str) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.xdist_group("distributed_checkpoint")
 def test_a_checkpoint_of_two_ranks_goes_on_with_two_one_and_four(tmp_path: Path) -> None:
     uninterrupted = on_ranks(save_all, 2, tmp_path / "saved", str(tmp_path))[0]
     for ranks in (2, 1, 4):

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from distributed_runs import assert_same, build, on_ranks, outcome, train
+from distributed_runs import assert_same, build, once, outcome, train
 from runs import STEPS, batch
 from torch import nn
 from torch.nn import functional as F
@@ -142,7 +142,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], l
 
     @cache
     def run(loop: str, kind: str = "plain") -> list[Any]:
-        return on_ranks(run_all, RANKS, tmp_path_factory.mktemp(loop), loop, kind)
+        key = f"features {loop} {kind}"
+        return once(tmp_path_factory, key, run_all, RANKS, loop, kind)
 
     yield run
 
@@ -154,9 +155,7 @@ def alone(policy: str) -> dict[str, Any]:
     return outcome(model, optimizer)
 
 
-of_loops = pytest.mark.parametrize(
-    "loop", [pytest.param(loop, marks=pytest.mark.xdist_group(loop)) for loop in LOOPS]
-)
+of_loops = pytest.mark.parametrize("loop", LOOPS)
 of_policies = pytest.mark.parametrize("policy", KINDS)
 
 

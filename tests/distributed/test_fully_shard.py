@@ -16,6 +16,7 @@ from distributed_runs import (
     build,
     cases,
     on_ranks,
+    once,
     outcome,
     shard,
     train,
@@ -48,8 +49,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
     @cache
     def run(ranks: int, net: str) -> list[Any]:
-        folder = tmp_path_factory.mktemp(f"{net}{ranks}")
-        return on_ranks(run_all, ranks, folder, net, cases(net))
+        key = f"fully_shard {net} {ranks}"
+        return once(tmp_path_factory, key, run_all, ranks, net, cases(net))
 
     return run
 
@@ -61,14 +62,12 @@ def alone(net: str, name: str) -> dict[str, Any]:
     return outcome(model, optimizer)
 
 
-@pytest.mark.xdist_group("fully_shard_2")
 @pytest.mark.parametrize("name", cases("even"))
 def test_two_ranks_are_one_process(runs: Any, name: str) -> None:
     for found in runs(2, "even"):
         assert_same(found[name], alone("even", name))
 
 
-@pytest.mark.xdist_group("fully_shard_4")
 @pytest.mark.parametrize("name", cases("uneven"))
 def test_four_ranks_with_uneven_and_empty_shards_are_one_process(runs: Any, name: str) -> None:
     for found in runs(4, "uneven"):
