@@ -23,6 +23,7 @@ from sparsetrain.cost.targets import (
 )
 from sparsetrain.exporting import OnnxResult, export_onnx
 from sparsetrain.finetuning import Distillation, Finetune, distill
+from sparsetrain.master_weights import MasterWeights
 from sparsetrain.optimizer import SparseOptimizer
 from sparsetrain.policies import (
     SET,
@@ -114,6 +115,7 @@ __all__ = [
     "Latency",
     "LayerChange",
     "Magnitude",
+    "MasterWeights",
     "ModelBytes",
     "Momentum",
     "Movement",

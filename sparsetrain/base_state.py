@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
+from sparsetrain.master_weights import MasterWeights
 from sparsetrain.targets import Exchanged, ExchangeTarget, SparseTarget
 
 _TRIAL_STEPS = 4
@@ -146,6 +147,8 @@ def _copy_of(base: Optimizer, group: dict[str, Any]) -> Optimizer:
 
 def _made_anew(base: Optimizer, group: dict[str, Any]) -> Optimizer:
     """For optimizers that fill their state when they are made (Adagrad in older torch)."""
+    if isinstance(base, MasterWeights):
+        return MasterWeights(_made_anew(base.inner, group))
     if not type(base).__module__.startswith("torch.optim"):
         raise TypeError("the constructor of somebody else's optimizer may do anything")
     make: Any = type(base)
@@ -234,6 +237,8 @@ def options_like(group: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
     ratio = float(own["lr"]) / float(group["lr"]) if group["lr"] else 1.0
     for key in _SCHEDULED & options.keys():
         options[key] = ratio * float(options[key])
+    if isinstance(group["lr"], Tensor):  # compiled optimizers take a new number for a new program
+        options["lr"] = torch.full_like(group["lr"], float(own["lr"]))
     return options
 
 
@@ -256,6 +261,8 @@ def add_group(
 
 def _try_two_groups(base: Optimizer) -> None:
     """Raise ValueError for an optimizer that takes one group alone; it says so when it is made."""
+    if isinstance(base, MasterWeights):
+        base = base.inner
     if not type(base).__module__.startswith("torch.optim"):
         return
     make: Any = type(base)

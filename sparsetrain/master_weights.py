@@ -12,12 +12,14 @@ import copy
 from collections import defaultdict
 from collections.abc import Callable
 from itertools import chain
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+
+from sparsetrain._untraced import untraced
 
 #: Parameters that get a master.
 HALF = (torch.bfloat16, torch.float16)
@@ -27,16 +29,14 @@ MASTER = "master"
 #: Parameter -> the master that stands for it within a step.
 Masters = dict[Tensor, Tensor]
 
-FunctionT = TypeVar("FunctionT", bound=Callable[..., Any])
-
 
 class MasterWeights(Optimizer):
     """Lets a torch optimizer train float32 masters of the parameters that are in half precision.
 
     After each step a parameter is its master, rounded. Whatever else writes to a parameter (masks,
-    a loaded state dict) reaches its master at the next step. Parameters in other precisions
-    are trained as they are. To train sparse, wrap the result:
-    `SparseOptimizer(MasterWeights(optimizer), model, policy)`.
+    a loaded state dict) reaches its master at the next step, unless it writes what is there
+    already. Parameters in other precisions are trained as they are. To train sparse, wrap the
+    result: `SparseOptimizer(MasterWeights(optimizer), model, policy)`.
 
     Args:
         optimizer: over the model's parameters, which may be new or in use. It is part of this one
@@ -72,13 +72,13 @@ class MasterWeights(Optimizer):
         Returns:
             What the closure returned, or None.
         """
-        masters = _untraced(self._begin)(closure is not None)
+        masters = untraced(self._begin)(closure is not None)
         try:
             if closure is None:
                 return self.inner.step()
-            return self.inner.step(lambda: _untraced(self._evaluate)(closure, masters))
+            return self.inner.step(lambda: untraced(self._evaluate)(closure, masters))
         finally:
-            _untraced(self._end)(masters)
+            untraced(self._end)(masters)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Train more parameters, with options of their own or the optimizer's defaults."""
@@ -184,10 +184,8 @@ class MasterWeights(Optimizer):
         self.inner.param_groups = self.param_groups
         self.inner.state = defaultdict(dict)
         for param, kept in self.state.items():
-            if isinstance(param, Tensor):
+            if isinstance(param, Tensor):  # an empty state is that of a new parameter to many
                 kept = {key: value for key, value in kept.items() if key != MASTER}
-                if not kept:
-                    continue  # to many optimizers an empty state is that of a new parameter
             self.inner.state[masters.get(param, param)] = kept
 
     def _take_back_state(self, masters: Masters) -> None:
@@ -237,13 +235,6 @@ def _check(optimizer: Optimizer) -> None:
             f"put MasterWeights inside {type(optimizer).__name__}: "
             "SparseOptimizer(MasterWeights(optimizer), model, policy)"
         )
-
-
-def _untraced(function: FunctionT) -> FunctionT:
-    """For `torch.compile`, which is to see the arithmetic of the inner optimizer alone."""
-    if torch.compiler.is_compiling():
-        return torch.compiler.disable(function)  # type: ignore[no-untyped-call, no-any-return]
-    return function
 
 
 def _is_half(param: Any) -> bool:

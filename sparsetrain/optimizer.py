@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from sparsetrain import checkpoint, narrowing
+from sparsetrain._untraced import untraced
 from sparsetrain.distributed.fresh_state import makes_state_only
 from sparsetrain.holding import Holder
 from sparsetrain.keeper import Keeper, Listener
@@ -351,7 +352,15 @@ class SparseOptimizer(Optimizer):
         finally:
             self._stepping = False
 
+    # The base optimizer's step may be compiled; masks and clock stay out of its graph.
+
     def _before_base_step(self, base: Optimizer, args: Any, kwargs: dict[str, Any]) -> Any:
+        return untraced(self._begin_base_step)(args, kwargs)
+
+    def _after_base_step(self, base: Optimizer, args: Any, kwargs: dict[str, Any]) -> None:
+        untraced(self._end_base_step)()
+
+    def _begin_base_step(self, args: Any, kwargs: dict[str, Any]) -> Any:
         if not self._stepping:
             raise RuntimeError(
                 "call step() of the SparseOptimizer, not of the optimizer that it wraps"
@@ -365,7 +374,7 @@ class SparseOptimizer(Optimizer):
             return None
         return (args[0], self._keeper.guard(closure)), kwargs
 
-    def _after_base_step(self, base: Optimizer, args: Any, kwargs: dict[str, Any]) -> None:
+    def _end_base_step(self) -> None:
         self._depth -= 1
         if self._depth == 0:
             self._keeper.after_step()
@@ -377,7 +386,7 @@ class SparseOptimizer(Optimizer):
             self._keeper.show_masked()
             with torch.enable_grad():
                 loss = closure()
-        self._keeper.update_instead()
+        untraced(self._keeper.update_instead)()
         # Schedulers built on the base optimizer would warn that it never stepped.
         cast(Any, self.base)._opt_called = True
         return loss

@@ -38,6 +38,8 @@ def snippets(language: str) -> list[Snippet]:
     return found
 
 
+# Importing inductor does what torch itself warns of.
+@pytest.mark.filterwarnings("ignore:.*script_method.*is deprecated:DeprecationWarning")
 @pytest.mark.parametrize("snippet", snippets("python"), ids=str)
 def test_snippet_runs(snippet: Snippet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)

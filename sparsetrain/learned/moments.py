@@ -90,7 +90,7 @@ def add_kl_gradients(weight: Parameter, log_sigma2: Parameter, strength: float) 
             constants = (K1, K2, K3)
             loops.add_kl_gradients(weight, log_sigma2, of_weight, of_log, strength, constants, CLIP)
             return
-    mean = weight.detach()
+    mean = weight.detach().to(log_sigma2.dtype)
     log_alpha = torch.sub(log_sigma2.detach(), mean.abs().log_(), alpha=2)
     share = torch.sigmoid(K2 + K3 * log_alpha)
     slope = -K1 * K3 * (share - share * share) - 0.5 * torch.sigmoid(-log_alpha)

@@ -116,7 +116,7 @@ def _levels(target: LearnedTarget) -> Tensor:
     """The s at which each weight that is here would be just dropped, less the present s."""
     with target.changing_gates() as mask:
         assert isinstance(mask, SoftThresholdMask)
-        return mask.levels(target.weight())
+        return mask.levels(target.exact_weight())
 
 
 def _shift(target: LearnedTarget, level: float) -> None:

@@ -14,6 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from sparsetrain.distributed.sharded_modules import Move, remove_parametrization
 from sparsetrain.learned import LearnedMask
+from sparsetrain.learned.base import gate_dtype
 from sparsetrain.learned.shards import GateShards
 from sparsetrain.part import Part, part_of
 from sparsetrain.storage.bits import pack_rows, unpack_rows
@@ -64,7 +65,7 @@ class LearnedTarget(SparseTarget):
 
     @torch.no_grad()
     def _mask(self) -> Tensor:
-        return self._of_rows().mask(self.weight())
+        return self._of_rows().mask(self.exact_weight())
 
     @property
     def resting(self) -> int:
@@ -76,6 +77,11 @@ class LearnedTarget(SparseTarget):
     def weight(self) -> Tensor:
         """What is held here of the weight, without its history; shares memory."""
         return self.part.held(self.param)
+
+    def exact_weight(self) -> Tensor:
+        """The same in the precision of its gates, in which the layer computes with it."""
+        weight = self.weight()
+        return weight.to(gate_dtype(weight))
 
     def _shards(self) -> GateShards:
         return GateShards(self.name, self.learned, self.part)
@@ -93,7 +99,7 @@ class LearnedTarget(SparseTarget):
 
     def penalty(self) -> Tensor:
         """What the method adds to the loss, for a strength of 1; a scalar, over all ranks."""
-        penalty = self._sharded().penalty(self.weight())
+        penalty = self._sharded().penalty(self.exact_weight())
         return penalty if self.part.is_whole else self.part.sum(penalty.double().cpu()).to(penalty)
 
     def add_penalty_gradient(self, strength: float) -> None:
@@ -119,11 +125,11 @@ class LearnedTarget(SparseTarget):
 
     def margins(self) -> tuple[Tensor, Part]:
         """How far each gate here is from dropping its weights, and the part that they are."""
-        return self._sharded().margins(self.weight()), self.gates()[0][1]
+        return self._sharded().margins(self.exact_weight()), self.gates()[0][1]
 
     def put_across(self, gates: Tensor, *, keep: bool) -> None:
         """Put the gates at these flat indices of those here just across the border."""
-        self._sharded().put_across(self.weight(), gates, keep=keep)
+        self._sharded().put_across(self.exact_weight(), gates, keep=keep)
 
     @contextmanager
     def changing_gates(self) -> Iterator[LearnedMask]:
@@ -174,7 +180,7 @@ class LearnedTarget(SparseTarget):
     def release(self) -> None:
         """Leave in the model what evaluation computes with."""
         self._final = self._mask()
-        baked = self._of_rows().evaluated(self.weight())
+        baked = self._of_rows().evaluated(self.exact_weight())
         self.detach()
         self.weight().copy_(torch.where(self._final, baked, 0.0))
 
@@ -190,7 +196,7 @@ class LearnedTarget(SparseTarget):
         if not active:  # a layer without weights is lost
             gates = Part(()) if self.part.is_whole else self._shards().part
             with self.changing_gates() as mask:
-                mask.revive(self.weight(), self.part, gates)
+                mask.revive(self.exact_weight(), self.part, gates)
             now = self.held_mask
         before = torch.ones_like(now) if self._told is None else self._told
         self._told = now

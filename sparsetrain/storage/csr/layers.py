@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.nn import functional as F
 
+from sparsetrain._untraced import untraced
 from sparsetrain.random_choice import random_ranks
 from sparsetrain.storage.csr.pattern import Pattern, check
 from sparsetrain.storage.csr.product import multiply
@@ -74,6 +75,10 @@ class SparseLayer(nn.Module):
 
     def _multiply(self, x: Tensor) -> Tensor:
         """[batch, in] -> [out, batch], feature-major."""
+        # Loops of numba cannot be traced, and the number of values may change with the mask.
+        return untraced(self._multiply_now)(x)
+
+    def _multiply_now(self, x: Tensor) -> Tensor:
         values, bias = self._parameters["values"], self._parameters["bias"]
         assert values is not None
         if not (x.is_cpu and values.is_cpu):
