@@ -45,6 +45,7 @@ class LearnedTarget(SparseTarget):
         self.places = places
         self.learned = learned
         self._hooks: list[RemovableHandle] = []
+        self._orders: list[tuple[nn.Module, list[str]]] = []
         self._told: Tensor | None = None
         self._final: Tensor | None = None
 
@@ -156,6 +157,7 @@ class LearnedTarget(SparseTarget):
         Raises:
             ValueError: a module does not let it; all of them are then as they were.
         """
+        self._orders = [(module, list(module._parameters)) for module, _ in self.places]
         try:
             for module, leaf in self.places:
                 parametrize.register_parametrization(module, leaf, self.learned, unsafe=True)
@@ -175,6 +177,11 @@ class LearnedTarget(SparseTarget):
                     parametrize.remove_parametrizations(module, leaf, leave_parametrized=False)
                 else:
                     remove_parametrization(module, leaf)
+        # torch puts the weight behind the bias; who loads an optimizer's state counts parameters.
+        for module, order in self._orders:
+            for name in order:
+                if name in module._parameters:
+                    module._parameters[name] = module._parameters.pop(name)
 
     @torch.no_grad()
     def release(self) -> None:
