@@ -47,6 +47,7 @@ def main(folder: Path, policy: str) -> None:
     torch.save(outcome(model, optimizer), folder / f"{rank}.pt")
     (folder / f"restarts{rank}").write_text(os.environ["TORCHELASTIC_RESTART_COUNT"])
     dist.destroy_process_group()
+    os._exit(0)  # gloo's threads may abort while the interpreter exits
 
 
 if __name__ == "__main__":
